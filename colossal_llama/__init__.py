@@ -1,0 +1,1 @@
+"""Continual pre-training and supervised fine-tuning of LLaMA on ColossalAI."""

@@ -1,0 +1,67 @@
+"""One exception type for users' mistakes, turned into an exit code in one place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+USER_ERROR_EXIT_CODE = 2
+
+# Conditions of the user's machine, not faults of this program: reported without a traceback.
+_ENVIRONMENT_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
+
+
+class UserError(Exception):
+    """Something that the user can mend: each problem names file and line, or flag, the value, and the remedy.
+
+    Args:
+        problems: one message or several; all of them are printed, a line each.
+        this_rank_only: the problem exists on this process alone, so it prints even when it is not rank 0.
+    """
+
+    def __init__(self, problems: str | Iterable[str], this_rank_only: bool = False) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.this_rank_only = this_rank_only
+        super().__init__("\n".join(self.problems))
+
+
+def is_main_process() -> bool:
+    """Whether this process is rank 0, or was not started by a launcher at all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_problems(problems: Iterable[str]) -> None:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a script's `main` and exits: 2 with the problems on stderr for a `UserError`, 130 for Ctrl-C."""
+    try:
+        code = main()
+    except UserError as error:
+        if is_main_process() or error.this_rank_only:
+            print_problems(error.problems)
+        code = USER_ERROR_EXIT_CODE
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT_ERRNOS:
+            raise
+        print_problems([f"{error.filename or 'output'}: {error.strerror}"])
+        code = USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code or 0)

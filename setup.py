@@ -1,0 +1,29 @@
+"""Installs the `colossal_llama` package; the command-line scripts are run from the clone."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_requirements() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+setup(
+    name="colossal_llama",
+    version=(ROOT / "version.txt").read_text(encoding="utf-8").strip(),
+    description="Continual pre-training and supervised fine-tuning of LLaMA on ColossalAI",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["colossal_llama", "colossal_llama.*"]),
+    python_requires=">=3.10,<3.13",
+    install_requires=read_requirements(),
+    extras_require={
+        "gpu": ["liger-kernel==0.5.10"],
+        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.6,<1", "zstandard>=0.22"],
+    },
+)

@@ -1,0 +1,121 @@
+"""Tiny real tokenizers and models, made once a session and never changed by a test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from corpus import sample_texts  # noqa: E402
+
+LLAMA3_SPECIAL_TOKENS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--run-slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: run with --run-slow"))
+
+
+def load_script(path: Path):
+    """Imports a script of the clone (train.py, examples/…) as a module, without running it."""
+    name = "script_" + "_".join(path.relative_to(ROOT).with_suffix("").parts)
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentencepiece BPE with LLaMA-2's settings, 500 pieces, trained on English: Chinese goes to bytes."""
+    directory = tmp_path_factory.mktemp("llama2_tokenizer")
+    maker = load_script(ROOT / "examples" / "make_base_model.py")
+    maker.make_tokenizer(sample_texts(300, seed=1, chinese=False), directory, vocab_size=500)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Byte-level BPE in the shape of LLaMA-3's: `tokenizer.json` only, special tokens after the vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(sample_texts(300, seed=1, chinese=False), trainer)
+    tokenizer.add_special_tokens(LLAMA3_SPECIAL_TOKENS)
+    bos_id = tokenizer.token_to_id("<|begin_of_text|>")
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<|begin_of_text|> $A",
+                pair="<|begin_of_text|> $A <|begin_of_text|> $B:1",
+                special_tokens=[("<|begin_of_text|>", bos_id)],
+            ),
+        ]
+    )
+    directory = tmp_path_factory.mktemp("llama3_tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+        clean_up_tokenization_spaces=True,
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, llama2_tokenizer_dir: Path) -> Path:
+    """A randomly initialised LLaMA (2 layers, width 64, 4 heads, 2 key/value heads) with its tokenizer."""
+    import shutil
+
+    directory = tmp_path_factory.mktemp("tiny_model")
+    shutil.copytree(llama2_tokenizer_dir, directory, dirs_exist_ok=True)
+    maker = load_script(ROOT / "examples" / "make_base_model.py")
+    maker.make_model(directory, 500, hidden_size=64, num_layers=2, num_heads=4, max_positions=512, seed=0)
+    return directory
