@@ -1,0 +1,312 @@
+"""Second half of preparation: documents are dealt to bins, and a bin becomes an Arrow part and a JSONL file.
+
+What the driver decides goes to the workers through files in `cache/plan/`, all in the order of the deal:
+
+    lengths.npy    int32 [num_pieces], tokens of each piece
+    offsets.npy    int64 [num_pieces], where it starts in the tokens of all shards laid end to end
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from colossal_llama.dataset.packing import one_piece_per_row, pack_best_fit, shuffle_rows
+from colossal_llama.dataset.statistics import BinCounts
+from colossal_llama.dataset.tokenization import split_signed
+from colossal_llama.utils.files import sync_directory, write_json
+
+PREPARED_FORMAT = 1
+ARROW_FILE = "data-00000-of-00001.arrow"
+BATCH_TOKENS = 1 << 20
+BATCH_ROWS = 1000
+MAX_OPEN_FILES = 128
+COLUMNS = ("input_ids", "labels", "document_lengths")
+
+
+def part_name(index: int) -> str:
+    return f"part-{index:05d}"
+
+
+@dataclass(frozen=True)
+class BinTask:
+    """Pack and write one bin: pieces `first_piece` … `end_piece` of the plan."""
+
+    index: int
+    first_piece: int
+    end_piece: int
+    plan_dir: str
+    shards_file: str
+    record_dir: str
+    arrow_dir: str
+    jsonl_dir: str
+    run_key: str
+    seed: int
+    max_length: int
+    splice: bool
+    kind: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+
+    @property
+    def arrow_path(self) -> Path:
+        return Path(self.arrow_dir) / part_name(self.index)
+
+    @property
+    def jsonl_path(self) -> Path:
+        return Path(self.jsonl_dir) / f"{part_name(self.index)}.jsonl"
+
+    @property
+    def record_path(self) -> Path:
+        return Path(self.record_dir) / f"{part_name(self.index)}.json"
+
+
+def deal_documents(strata: np.ndarray, num_bins: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Deals documents to bins like cards, stratum by stratum, each shuffled first.
+
+    Every bin gets its share of every stratum to within one document, and no bin stays empty while there are as
+    many documents as bins: the deal goes on where the stratum before ended.
+
+    Args:
+        strata: int array [num_documents], the stratum (input directory and category) of each.
+
+    Returns:
+        The documents in the order of bins, int64 [num_documents], and the bins' boundaries in it, [num_bins + 1].
+    """
+    # RandomState: numpy promises that its streams stay as they are.
+    shuffled = np.random.RandomState([seed, 0]).permutation(len(strata))
+    dealt = shuffled[np.argsort(strata[shuffled], kind="stable")]
+    bin_of_dealt = np.arange(len(dealt)) % num_bins
+    # Within a bin the strata are mixed again, so that the order inside a row says nothing of them.
+    rank = np.empty(len(dealt), dtype=np.int64)
+    rank[shuffled] = np.arange(len(dealt))
+    order = np.lexsort((rank[dealt], bin_of_dealt))
+    boundaries = np.concatenate(([0], np.cumsum(np.bincount(bin_of_dealt, minlength=num_bins))))
+    return dealt[order], boundaries
+
+
+def write_bin(task: BinTask) -> BinCounts:
+    """Packs and writes a bin, unless this very run already has; returns its counts.
+
+    Both outputs are written under temporary names, then renamed; the record of the bin comes last.
+    """
+    if (counts := _read_finished(task)) is not None:
+        return counts
+    lengths = np.load(Path(task.plan_dir) / "lengths.npy", mmap_mode="r")[task.first_piece : task.end_piece]
+    offsets = np.load(Path(task.plan_dir) / "offsets.npy", mmap_mode="r")[task.first_piece : task.end_piece]
+    lengths, offsets = np.array(lengths), np.array(offsets)
+    rows = pack_best_fit(lengths, task.max_length) if task.splice else one_piece_per_row(lengths)
+    rows = shuffle_rows(rows, task.seed, task.index)
+
+    arrow_aside = task.arrow_path.with_name(f".{task.arrow_path.name}.tmp")
+    jsonl_aside = task.jsonl_path.with_name(f".{task.jsonl_path.name}.tmp")
+    shutil.rmtree(arrow_aside, ignore_errors=True)
+    arrow_aside.mkdir(parents=True)
+    jsonl_aside.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        TokenReader(Path(task.shards_file)) as reader,
+        RowWriter(arrow_aside, jsonl_aside) as writer,
+    ):
+        for first, end in _batches_of_rows(rows.lengths):
+            pieces = rows.pieces[rows.starts[first] : rows.starts[end]]
+            stored = reader.read(offsets[pieces], lengths[pieces])
+            writer.write(
+                stored, rows.lengths[first:end], lengths[pieces], np.diff(rows.starts[first : end + 1])
+            )
+    counts = BinCounts(
+        len(rows), len(lengths), int(rows.lengths.sum()), writer.num_labels, int(rows.lengths[-1])
+    )
+    _write_description(arrow_aside, task, counts, writer.digest)
+    for aside, final in ((arrow_aside, task.arrow_path), (jsonl_aside, task.jsonl_path)):
+        _remove(final)
+        os.replace(aside, final)
+        sync_directory(final.parent)
+    write_json(task.record_path, {"run_key": task.run_key, **asdict(counts)})
+    return counts
+
+
+class TokenReader:
+    """Reads pieces by their offset in the tokens of all shards.
+
+    Plain reads, no memory map: mapped pages would count as this process's memory.
+    """
+
+    def __init__(self, shards_file: Path) -> None:
+        shards = json.loads(shards_file.read_text(encoding="utf-8"))
+        self.paths = [path for path, _ in shards]
+        self.bases = np.concatenate(([0], np.cumsum([num_tokens for _, num_tokens in shards])))
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+
+    def __enter__(self) -> TokenReader:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def read(self, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The pieces' stored tokens, one after the other: int32 [sum of lengths]."""
+        stored = np.empty(int(lengths.sum()), dtype="<i4")
+        view = memoryview(stored).cast("B")
+        shard_ids = np.searchsorted(self.bases, offsets, side="right") - 1
+        positions = (4 * (offsets - self.bases[shard_ids])).tolist()
+        start = 0
+        for shard_id, position, size in zip(
+            shard_ids.tolist(), positions, (4 * lengths.astype(np.int64)).tolist(), strict=True
+        ):
+            num_read = os.preadv(self._descriptor(shard_id), [view[start : start + size]], position)
+            assert num_read == size, f"{self.paths[shard_id]} is shorter than its table says"
+            start += size
+        return stored
+
+    def _descriptor(self, shard_id: int) -> int:
+        file = self._open.get(shard_id)
+        if file is None:
+            if len(self._open) >= MAX_OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            file = self._open[shard_id] = open(self.paths[shard_id], "rb", buffering=0)  # noqa: SIM115
+        else:
+            self._open.move_to_end(shard_id)
+        return file.fileno()
+
+
+class RowWriter:
+    """Writes rows to an Arrow stream and to JSONL in one pass, in the form that `datasets.save_to_disk` gives them."""
+
+    def __init__(self, arrow_dir: Path, jsonl_path: Path) -> None:
+        self.num_labels = 0
+        self._hash = hashlib.blake2b(digest_size=8)
+        self._arrow_file = open(arrow_dir / ARROW_FILE, "wb")  # noqa: SIM115
+        self._jsonl_file = open(jsonl_path, "wb", buffering=1 << 20)  # noqa: SIM115
+        self._stream = pa.ipc.new_stream(self._arrow_file, _schema())
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stream.close()
+        for file in (self._arrow_file, self._jsonl_file):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over everything written so far."""
+        return self._hash.hexdigest()
+
+    def write(
+        self,
+        stored: np.ndarray,
+        row_lengths: np.ndarray,
+        document_lengths: np.ndarray,
+        num_documents: np.ndarray,
+    ) -> None:
+        """Writes `len(row_lengths)` rows: `num_documents[r]` documents and `row_lengths[r]` tokens each."""
+        input_ids, labels = split_signed(stored)
+        document_lengths = document_lengths.astype(np.int32, copy=False)
+        self.num_labels += int((labels >= 0).sum())
+        token_starts = np.concatenate(([0], np.cumsum(row_lengths))).astype(np.int32)
+        document_starts = np.concatenate(([0], np.cumsum(num_documents))).astype(np.int32)
+        self._stream.write_batch(
+            pa.record_batch(
+                [
+                    pa.ListArray.from_arrays(token_starts, pa.array(input_ids)),
+                    pa.ListArray.from_arrays(token_starts, pa.array(labels)),
+                    pa.ListArray.from_arrays(document_starts, pa.array(document_lengths)),
+                ],
+                schema=_schema(),
+            )
+        )
+        for array in (stored, document_lengths, token_starts, document_starts):
+            self._hash.update(array.data)
+        tokens, documents = token_starts.tolist(), document_starts.tolist()
+        for row in range(len(row_lengths)):
+            ids = slice(tokens[row], tokens[row + 1])
+            value = {
+                "input_ids": input_ids[ids],
+                "labels": labels[ids],
+                "document_lengths": document_lengths[documents[row] : documents[row + 1]],
+            }
+            self._jsonl_file.write(
+                orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+            )
+
+
+def _features() -> dict[str, Any]:
+    # "Sequence" is what datasets 3 writes; later versions read it too.
+    return {name: {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "Sequence"} for name in COLUMNS}
+
+
+def _schema() -> pa.Schema:
+    metadata = {"huggingface": json.dumps({"info": {"features": _features()}})}
+    return pa.schema([(name, pa.list_(pa.int32())) for name in COLUMNS], metadata=metadata)
+
+
+def _write_description(directory: Path, task: BinTask, counts: BinCounts, digest: str) -> None:
+    """The files beside the Arrow stream: two for `datasets.load_from_disk`, and our own `prepared.json`."""
+    write_json(
+        directory / "dataset_info.json",
+        {"citation": "", "description": "", "features": _features(), "homepage": "", "license": ""},
+    )
+    write_json(
+        directory / "state.json",
+        {
+            "_data_files": [{"filename": ARROW_FILE}],
+            "_fingerprint": digest,
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        },
+    )
+    write_json(
+        directory / "prepared.json",
+        {
+            "format": PREPARED_FORMAT,
+            "kind": task.kind,
+            "tokenizer_fingerprint": task.tokenizer_fingerprint,
+            "vocab_size": task.vocab_size,
+            "max_length": task.max_length,
+            "num_rows": counts.rows,
+            "num_tokens": counts.tokens,
+        },
+    )
+
+
+def _read_finished(task: BinTask) -> BinCounts | None:
+    if not (task.record_path.exists() and task.arrow_path.exists() and task.jsonl_path.exists()):
+        return None
+    record = json.loads(task.record_path.read_text(encoding="utf-8"))
+    return BinCounts(**record) if record.pop("run_key") == task.run_key else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _batches_of_rows(row_lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Boundaries of runs of rows of at most `BATCH_TOKENS` tokens (or one row) and `BATCH_ROWS` rows."""
+    first, num_tokens = 0, 0
+    for row, length in enumerate(row_lengths.tolist()):
+        if row > first and (num_tokens + length > BATCH_TOKENS or row - first >= BATCH_ROWS):
+            yield first, row
+            first, num_tokens = row, 0
+        num_tokens += length
+    if first < len(row_lengths):
+        yield first, len(row_lengths)

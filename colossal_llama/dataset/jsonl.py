@@ -1,0 +1,193 @@
+"""Input files: finding them, cutting them into shards, and reading records with their line numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from colossal_llama.utils.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+UTF8_BOM = b"\xef\xbb\xbf"
+# Small enough that a small corpus keeps every worker busy to the end, and never more shards than that.
+MIN_SHARD_BYTES = 2 << 20
+MAX_SHARDS = 16384
+READ_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of an input file: the lines that start at the bytes `start` ≤ … < `end`.
+
+    A compressed file can only be read from its beginning, so it is one shard. Shards depend on the files alone, not
+    on the number of workers. `size` and `mtime_ns` are those of the file when the shards were made.
+    """
+
+    path: str
+    input_dir: int
+    start: int
+    end: int
+    size: int
+    mtime_ns: int
+
+
+class BadRecord(Exception):
+    """A record that can't be used; `kind` is what it is counted under, the message says what is wrong with it."""
+
+    def __init__(self, kind: str, message: str | None = None) -> None:
+        self.kind = kind
+        super().__init__(message or kind)
+
+
+def find_input_files(directories: list[Path]) -> list[list[Path]]:
+    """The input files of each directory, sorted by name.
+
+    Raises:
+        UserError: a directory without any, one that is given twice, or `.zst` files without `zstandard`.
+    """
+    problems, found = [], []
+    seen: dict[Path, Path] = {}
+    for directory in directories:
+        resolved = directory.resolve()
+        if resolved in seen:
+            problems.append(f"--data_input_dirs {directory}: given twice; its records would count twice")
+        seen[resolved] = directory
+        files = sorted(p for p in directory.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
+        if not files:
+            problems.append(
+                f"--data_input_dirs {directory}: holds no {', '.join('*' + s for s in SUFFIXES)} file"
+            )
+        found.append(files)
+    compressed = [path for files in found for path in files if path.name.endswith(".zst")]
+    if compressed and _import_zstandard() is None:
+        problems.append(f"{compressed[0]}: reading .zst needs a library: pip install zstandard")
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def make_shards(files: list[list[Path]]) -> list[Shard]:
+    """Cuts the files (by input directory) into shards, in the order of the input; see `Shard`."""
+    stats = [[(path, path.stat()) for path in directory] for directory in files]
+    total = sum(stat.st_size for directory in stats for _, stat in directory)
+    step = max(MIN_SHARD_BYTES, -(-total // MAX_SHARDS))
+    shards = []
+    for input_dir, directory in enumerate(stats):
+        for path, stat in directory:
+            whole = not path.name.endswith(".jsonl")
+            starts = range(0, 1 if whole else max(stat.st_size, 1), step)
+            for start in starts:
+                end = stat.st_size if whole else min(start + step, stat.st_size)
+                shards.append(
+                    Shard(str(path.resolve()), input_dir, start, end, stat.st_size, stat.st_mtime_ns)
+                )
+    return shards
+
+
+def read_lines(shard: Shard) -> Iterator[bytes]:
+    """The lines of a shard, line ends included; a byte order mark at the beginning of the file is removed.
+
+    Raises:
+        UserError: a compressed file that is damaged, or a file that changed since the shards were made.
+    """
+    try:
+        with _open(shard) as file:
+            if shard.path.endswith(".jsonl"):
+                yield from _read_plain_lines(file, shard)
+            else:
+                for number, line in enumerate(file):
+                    yield line.removeprefix(UTF8_BOM) if number == 0 else line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{shard.path}: damaged file: {error}; compress it again") from None
+    except Exception as error:
+        zstandard = _import_zstandard()
+        if zstandard is not None and isinstance(error, zstandard.ZstdError):
+            raise UserError(f"{shard.path}: damaged file: {error}; compress it again") from None
+        raise
+    now = Path(shard.path).stat()
+    if (now.st_size, now.st_mtime_ns) != (shard.size, shard.mtime_ns):
+        raise UserError(f"{shard.path}: changed while it was read; run the command again")
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; raises `BadRecord` when there is none."""
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as decode_error:
+            raise BadRecord("not UTF-8", f"not UTF-8 text (byte {decode_error.start})") from None
+        raise BadRecord("not valid JSON", f"not valid JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(value, dict):
+        raise BadRecord("not a JSON object", f"not a JSON object but {json_type(value)}")
+    return value
+
+
+def take_string(record: dict[str, Any], field: str) -> str:
+    """The string in `record[field]`; raises `BadRecord` when it is missing or something else."""
+    value = record.get(field)
+    if isinstance(value, str):
+        return value
+    if field not in record:
+        raise BadRecord(
+            f"'{field}' missing", f"'{field}' is missing (compulsory; found {_field_names(record)})"
+        )
+    raise BadRecord(f"'{field}' not a string", f"'{field}' is {json_type(value)}, not a string")
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a value, with an article."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
+    return names.get(type(value), "an object")
+
+
+def _field_names(record: dict[str, Any]) -> str:
+    names = [repr(name) for name in list(record)[:6]]
+    return ", ".join(names) + (", …" if len(record) > 6 else "") if names else "no field"
+
+
+def _read_plain_lines(file: BinaryIO, shard: Shard) -> Iterator[bytes]:
+    position = shard.start
+    if position > 0:
+        # The line that holds the byte before the shard started in an earlier one.
+        file.seek(position - 1)
+        position += len(file.readline()) - 1
+    while position < shard.end:
+        line = file.readline()
+        if not line:
+            return
+        yield line.removeprefix(UTF8_BOM) if position == 0 else line
+        position += len(line)
+
+
+@contextlib.contextmanager
+def _open(shard: Shard) -> Iterator[Any]:
+    with open(shard.path, "rb", buffering=READ_BUFFER_BYTES) as file:
+        if shard.path.endswith(".gz"):
+            with gzip.open(file) as unpacked:
+                yield io.BufferedReader(unpacked, READ_BUFFER_BYTES)
+        elif shard.path.endswith(".zst"):
+            reader = _import_zstandard().ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            with reader:
+                yield io.BufferedReader(reader, READ_BUFFER_BYTES)
+        else:
+            yield file
+
+
+def _import_zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        return None
+    return zstandard

@@ -1,0 +1,93 @@
+"""Command-line flags that the two prepare scripts share. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import Namespace
+from pathlib import Path
+
+from colossal_llama.utils.arguments import (
+    ArgumentParser,
+    add_max_length,
+    add_seed,
+    directory_list,
+    existing_directory,
+    number,
+    positive_int,
+)
+
+
+def add_preparation_flags(parser: ArgumentParser) -> None:
+    paths = parser.add_argument_group("input and output")
+    paths.add_argument(
+        "--data_input_dirs",
+        type=directory_list,
+        required=True,
+        help="comma list of directories with *.jsonl, *.jsonl.gz or *.jsonl.zst files",
+    )
+    paths.add_argument(
+        "--tokenizer_dir", type=existing_directory, required=True, help="tokenizer in Hugging Face format"
+    )
+    paths.add_argument(
+        "--data_output_dirs",
+        type=Path,
+        default=Path("data_output_dirs"),
+        help="directory for cache/, jsonl/, arrow/ and stats.json",
+    )
+    paths.add_argument(
+        "--data_arrow_output_dir",
+        type=Path,
+        help="directory for the Arrow parts (default: <data_output_dirs>/arrow)",
+    )
+    parser.add_flag("--overwrite", default=False, help="replace output that is there", group=paths)
+    data = parser.add_argument_group("data")
+    add_max_length(parser, data)
+    data.add_argument(
+        "--num_spliced_dataset_bins",
+        type=number(int, 1, 99999),
+        default=10,
+        help="number of bins (part directories), 1 to 99999",
+    )
+    add_seed(parser, data)
+    data.add_argument(
+        "--on_bad_record",
+        choices=("error", "skip"),
+        default="error",
+        help="malformed records: list them and stop, or count them and go on",
+    )
+    work = parser.add_argument_group("workers")
+    work.add_argument(
+        "--num_workers",
+        type=positive_int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes that encode and pack; the output does not depend on it (default: all cores)",
+    )
+    work.add_argument(
+        "--ray_address",
+        type=_ray_address,
+        default="none",
+        help="where the work runs: none (this machine), local, auto or HOST:PORT of a Ray cluster",
+    )
+    parser.add_check(_check_directories)
+
+
+def _ray_address(text: str) -> str:
+    if text in ("none", "local", "auto") or re.fullmatch(r"[^\s:]+:\d+", text):
+        return text
+    raise ValueError("choose from none, local, auto, HOST:PORT")
+
+
+def _check_directories(args: Namespace) -> list[str]:
+    """Output that lands in an input directory would be read as input by the next run."""
+    if args.data_arrow_output_dir is None:
+        args.data_arrow_output_dir = args.data_output_dirs / "arrow"
+    written = {
+        path.resolve()
+        for path in (args.data_output_dirs, args.data_output_dirs / "jsonl", args.data_arrow_output_dir)
+    }
+    return [
+        f"--data_output_dirs {args.data_output_dirs}: would write into the input directory {directory}"
+        for directory in args.data_input_dirs
+        if directory.resolve() in written
+    ]

@@ -1,0 +1,191 @@
+"""First half of preparation: one shard of the input becomes a file of tokens and a table of its documents.
+
+In `cache/shards/`, named by a digest of all that decides the content:
+
+    <key>.tokens   int32, little-endian: the pieces of all kept documents, one after the other (see `tokenization`)
+    <key>.npz      lengths of the pieces, pieces and category of each document, counts; written last, so a shard
+                   with this file is finished, and a repeated run takes it as it is
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from colossal_llama.dataset.jsonl import BadRecord, Shard, parse_object, read_lines
+from colossal_llama.dataset.statistics import Counts
+from colossal_llama.dataset.tokenization import EncoderSpec, RecordEncoder, load_encoder
+
+CACHE_FORMAT = 1
+MAX_LISTED_BAD_RECORDS = 20
+# A batch's encodings (some 300 bytes a token) are all in memory at once.
+BATCH_CHARACTERS = 1 << 19
+BATCH_RECORDS = 1024
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Encode one shard into `cache_dir`."""
+
+    shard: Shard
+    spec: EncoderSpec
+    cache_dir: str
+
+    @property
+    def key(self) -> str:
+        shard, spec = dataclasses.asdict(self.shard), dataclasses.asdict(self.spec)
+        # What the file names stand for: the tokenizer's content is in the name of its file.
+        spec["tokenizer_json"] = Path(self.spec.tokenizer_json).name
+        if self.spec.kind != "chat_template":
+            spec["tokenizer_dir"] = ""
+        text = json.dumps([CACHE_FORMAT, shard, spec], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    @property
+    def tokens_path(self) -> Path:
+        return Path(self.cache_dir) / f"{self.key}.tokens"
+
+    @property
+    def table_path(self) -> Path:
+        return Path(self.cache_dir) / f"{self.key}.npz"
+
+
+@dataclass
+class ShardSummary:
+    """What the driver learns of a shard at once; the arrays stay in its table."""
+
+    num_bytes: int
+    num_lines: int = 0
+    num_tokens: int = 0
+    bad_records: Counter[str] = field(default_factory=Counter)
+    listed_bad_records: list[tuple[int, str]] = field(default_factory=list)  # line within the shard, from 1
+    categories: dict[str, Counts] = field(default_factory=dict)
+
+
+@dataclass
+class ShardTable:
+    """The documents that a shard keeps: `categories[i]` names document i's, which has `num_pieces[i]` pieces."""
+
+    piece_lengths: np.ndarray
+    num_pieces: np.ndarray
+    category_ids: np.ndarray
+    category_names: list[str]
+
+
+def encode_shard(task: ShardTask) -> ShardSummary:
+    """Encodes a shard, unless it is in the cache; returns its summary."""
+    if task.table_path.exists():
+        return read_summary(task)
+    encoder = load_encoder(task.spec)
+    summary = ShardSummary(num_bytes=task.shard.end - task.shard.start)
+    piece_lengths: list[int] = []
+    num_pieces: list[int] = []
+    category_ids: list[int] = []
+    category_index: dict[str, int] = {}
+    aside = task.tokens_path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            for records in _read_batches(task.shard, encoder, summary):
+                pieces = []
+                for record, outcome in zip(records, encoder.encode(records), strict=True):
+                    counts = summary.categories.setdefault(record.category, Counts())
+                    counts.add_outcome(outcome, record.num_characters)
+                    if outcome.pieces:
+                        pieces.extend(outcome.pieces)
+                        piece_lengths.extend(map(len, outcome.pieces))
+                        num_pieces.append(len(outcome.pieces))
+                        index = category_index.setdefault(record.category, len(category_index))
+                        category_ids.append(index)
+                if pieces:
+                    file.write(np.concatenate(pieces).astype("<i4", copy=False).data)
+        summary.num_tokens = sum(piece_lengths)
+        os.replace(aside, task.tokens_path)
+    finally:
+        aside.unlink(missing_ok=True)
+    table = ShardTable(
+        np.array(piece_lengths, dtype=np.int32),
+        np.array(num_pieces, dtype=np.int32),
+        np.array(category_ids, dtype=np.int32),
+        list(category_index),
+    )
+    _write_table(task, table, summary)
+    return summary
+
+
+def read_summary(task: ShardTask) -> ShardSummary:
+    with np.load(task.table_path) as arrays:
+        value = json.loads(arrays["summary"].tobytes())
+    value["bad_records"] = Counter(value["bad_records"])
+    value["listed_bad_records"] = [(line, what) for line, what in value["listed_bad_records"]]
+    value["categories"] = {name: Counts.from_json(c) for name, c in value["categories"].items()}
+    return ShardSummary(**value)
+
+
+def read_table(task: ShardTask) -> ShardTable:
+    with np.load(task.table_path) as arrays:
+        return ShardTable(
+            arrays["piece_lengths"],
+            arrays["num_pieces"],
+            arrays["category_ids"],
+            json.loads(arrays["category_names"].tobytes()),
+        )
+
+
+def remove_stale_shards(cache_dir: Path, tasks: list[ShardTask]) -> None:
+    """Removes what earlier runs with other input or settings, or killed ones, left in the cache."""
+    wanted = {path.name for task in tasks for path in (task.table_path, task.tokens_path)}
+    for path in cache_dir.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+
+
+def _read_batches(shard: Shard, encoder: RecordEncoder, summary: ShardSummary) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    num_characters = 0
+    for line in read_lines(shard):
+        summary.num_lines += 1
+        if line.isspace():
+            continue
+        try:
+            record = encoder.parse(parse_object(line))
+        except BadRecord as bad:
+            summary.bad_records[bad.kind] += 1
+            if len(summary.listed_bad_records) < MAX_LISTED_BAD_RECORDS:
+                summary.listed_bad_records.append((summary.num_lines, str(bad)))
+            continue
+        batch.append(record)
+        num_characters += record.num_characters
+        if num_characters >= BATCH_CHARACTERS or len(batch) >= BATCH_RECORDS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _write_table(task: ShardTask, table: ShardTable, summary: ShardSummary) -> None:
+    def as_bytes(value: Any) -> np.ndarray:
+        return np.frombuffer(json.dumps(value, default=vars).encode(), dtype=np.uint8)
+
+    aside = task.table_path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            np.savez(
+                file,
+                piece_lengths=table.piece_lengths,
+                num_pieces=table.num_pieces,
+                category_ids=table.category_ids,
+                category_names=as_bytes(table.category_names),
+                summary=as_bytes(summary),
+            )
+        os.replace(aside, task.table_path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,213 @@
+"""What is counted in preparation: `stats.json`, the table in the terminal, and the picture of document lengths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from colossal_llama.dataset.tokenization import Outcome
+from colossal_llama.utils.console import format_table
+
+MAX_CATEGORIES_IN_TABLE = 30
+
+
+@dataclass
+class Counts:
+    """Records, documents and tokens of one category, or of several together.
+
+    tokens_in = tokens_out + the sum of dropped_tokens, and documents = kept + the sum of dropped_documents.
+    """
+
+    documents: int = 0
+    kept: int = 0
+    pieces: int = 0
+    characters: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    dropped_documents: Counter[str] = field(default_factory=Counter)
+    dropped_tokens: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add_outcome(self, outcome: Outcome, num_characters: int) -> None:
+        self.documents += 1
+        self.characters += num_characters
+        self.tokens_in += outcome.num_tokens
+        self.pieces += len(outcome.pieces)
+        self.tokens_out += sum(len(piece) for piece in outcome.pieces)
+        if outcome.pieces:
+            self.kept += 1
+        else:
+            self.dropped_documents[outcome.reason] += 1
+        self.dropped_tokens.update(outcome.dropped_tokens)
+        self.notes.update(outcome.notes)
+
+    def add(self, other: Counts) -> None:
+        for name in ("documents", "kept", "pieces", "characters", "tokens_in", "tokens_out"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("dropped_documents", "dropped_tokens", "notes"):
+            getattr(self, name).update(getattr(other, name))
+
+    def as_json(self) -> dict[str, Any]:
+        assert self.tokens_in == self.tokens_out + self.dropped_tokens.total()
+        assert self.documents == self.kept + self.dropped_documents.total()
+        return {
+            "documents": self.documents,
+            "kept": self.kept,
+            "pieces": self.pieces,
+            "characters": self.characters,
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "tokens_per_character": _ratio(self.tokens_in, self.characters),
+            "dropped_documents": dict(sorted(self.dropped_documents.items())),
+            "dropped_tokens": dict(sorted(self.dropped_tokens.items())),
+            "notes": dict(sorted(self.notes.items())),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Counts:
+        fields = {name: value[name] for name in cls.__dataclass_fields__}
+        for name in ("dropped_documents", "dropped_tokens", "notes"):
+            fields[name] = Counter(fields[name])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class BinCounts:
+    """Rows of one bin. `last_row_tokens`: of its emptiest row, which is the last."""
+
+    rows: int
+    documents: int
+    tokens: int
+    labels: int
+    last_row_tokens: int
+
+
+def make_statistics(
+    settings: Mapping[str, Any],
+    categories: Mapping[str, Counts],
+    input_dirs: list[Counts],
+    bad_records: Mapping[str, int],
+    bins: list[BinCounts],
+    max_length: int,
+    piece_lengths: np.ndarray,
+) -> dict[str, Any]:
+    """The content of `stats.json`: no times, paths or worker counts, so equal data gives an equal file."""
+    total = Counts()
+    for counts in categories.values():
+        total.add(counts)
+    num_bad = sum(bad_records.values())
+    num_rows = sum(b.rows for b in bins)
+    num_tokens = sum(b.tokens for b in bins)
+    assert num_tokens == total.tokens_out
+    return {
+        "format": 1,
+        **settings,
+        "records": {
+            "read": total.documents + num_bad,
+            "kept": total.kept,
+            "dropped": {**dict(sorted(total.dropped_documents.items())), **dict(sorted(bad_records.items()))},
+        },
+        "total": total.as_json(),
+        "rows": {
+            "rows": num_rows,
+            "tokens": num_tokens,
+            "labels": sum(b.labels for b in bins),
+            "fill": _ratio(num_tokens, num_rows * max_length),
+            "fill_without_last_rows": _ratio(
+                num_tokens - sum(b.last_row_tokens for b in bins), (num_rows - len(bins)) * max_length
+            ),
+        },
+        "categories": {name: categories[name].as_json() for name in sorted(categories)},
+        "input_dirs": [counts.as_json() for counts in input_dirs],
+        "bins": [{"rows": b.rows, "pieces": b.documents, "tokens": b.tokens} for b in bins],
+        "piece_lengths": _histogram(piece_lengths),
+    }
+
+
+def format_statistics(stats: Mapping[str, Any]) -> str:
+    """The table at the end of a run: a line for each category, then the sum."""
+    by_size = sorted(stats["categories"].items(), key=lambda item: (-item[1]["tokens_in"], item[0]))
+    shown = [(name, counts) for name, counts in by_size[:MAX_CATEGORIES_IN_TABLE]]
+    header = [
+        "category",
+        "documents",
+        "characters",
+        "tokens",
+        "tokens/char",
+        "dropped docs",
+        "dropped tokens",
+    ]
+    lines = [
+        [
+            name,
+            counts["documents"],
+            counts["characters"],
+            counts["tokens_in"],
+            counts["tokens_per_character"] or 0.0,
+            sum(counts["dropped_documents"].values()),
+            sum(counts["dropped_tokens"].values()),
+        ]
+        for name, counts in [*shown, ("all", stats["total"])]
+    ]
+    parts = [format_table(header, lines)]
+    if len(by_size) > len(shown):
+        parts.append(f"({len(by_size) - len(shown)} smaller categories are in stats.json)")
+    for title, reasons in (
+        ("Records dropped", stats["records"]["dropped"]),
+        ("Tokens dropped", stats["total"]["dropped_tokens"]),
+        ("Noted", stats["total"]["notes"]),
+    ):
+        if reasons:
+            parts.append(f"{title}: " + ", ".join(f"{name} {number:,}" for name, number in reasons.items()))
+    rows = stats["rows"]
+    fill = f"{100 * rows['fill']:.2f} % full"
+    if rows["fill_without_last_rows"] is not None:
+        fill += f" ({100 * rows['fill_without_last_rows']:.2f} % without each bin's last row)"
+    parts.append(
+        f"{stats['num_bins']:,} bins, {rows['rows']:,} rows of at most {stats['max_length']:,} tokens, "
+        f"{rows['tokens']:,} tokens, {rows['labels']:,} with loss; rows are {fill}"
+    )
+    return "\n".join(parts)
+
+
+def draw_lengths(stats: Mapping[str, Any], path: Path) -> None:
+    """Writes a histogram of the lengths of documents (chunks of long ones count by themselves) as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    histogram = stats["piece_lengths"]
+    edges, numbers = histogram["edges"], histogram["counts"]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.bar(edges[:-1], numbers, width=np.diff(edges), align="edge", edgecolor="white", linewidth=0.5)
+    axes.set_xlabel("length, in tokens")
+    axes.set_ylabel("documents and chunks")
+    axes.set_title(f"{stats['total']['pieces']:,} documents and chunks, {stats['rows']['tokens']:,} tokens")
+    axes.set_xlim(0, edges[-1])
+    figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
+    plt.close(figure)
+
+
+def _histogram(lengths: np.ndarray, num_bars: int = 50) -> dict[str, Any]:
+    longest = int(lengths.max()) if len(lengths) else 1
+    width = -(-longest // num_bars)
+    edges = np.arange(0, longest + width, width)
+    counts, _ = np.histogram(lengths, bins=np.append(edges[:-1], edges[-1]))
+    return {
+        "shortest": int(lengths.min()) if len(lengths) else 0,
+        "longest": longest,
+        "mean": round(float(lengths.mean()), 3) if len(lengths) else 0.0,
+        "median": float(np.median(lengths)) if len(lengths) else 0.0,
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+    }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return round(part / whole, 6) if whole else None

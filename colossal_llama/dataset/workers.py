@@ -1,0 +1,89 @@
+"""The seam between what is done and where: "run this function over these tasks".
+
+Functions are importable by name, tasks and results are small and picklable (file names, lengths, counts): the corpus
+itself only moves through files. Other places to run than this machine's processes plug in here.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from colossal_llama.utils.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class LocalWorkers:
+    """Processes of this machine; one worker is this process itself."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> LocalWorkers:
+        # Parallelism is by process: threads inside each would only get in each other's way.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+        """Yields `(index of the task, function(task))` as they finish, in any order.
+
+        At most two tasks a worker are under way, so results that nobody has taken do not pile up.
+        """
+        if self.num_workers == 1 or len(tasks) <= 1:
+            for index, task in enumerate(tasks):
+                yield index, function(task)
+            return
+        if self._pool is None:
+            # fork would copy the threads' locks of the libraries loaded here.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.num_workers, context, initializer=_start_worker)
+        waiting = iter(enumerate(tasks))
+        running: dict[Future[Result], int] = {}
+        try:
+            while True:
+                while len(running) < 2 * self.num_workers and (item := next(waiting, None)) is not None:
+                    running[self._pool.submit(function, item[1])] = item[0]
+                if not running:
+                    return
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory; use fewer --num_workers. "
+                "The same command goes on where this one stopped"
+            ) from None
+
+
+def open_workers(ray_address: str, num_workers: int) -> LocalWorkers:
+    """Where the tasks run: `none` is this machine's processes."""
+    if ray_address != "none":
+        raise UserError(f"--ray_address {ray_address}: not available yet; use --ray_address none")
+    return LocalWorkers(num_workers)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """A worker whose parent was killed has nobody left to work for."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
