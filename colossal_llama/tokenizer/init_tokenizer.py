@@ -1,0 +1,129 @@
+"""Extends a LLaMA tokenizer with new pieces from a JSONL file.
+
+LLaMA-2 (tokenizer.model, sentencepiece BPE) and LLaMA-3 (tokenizer.json, byte-level BPE) sources are supported.
+A report of what was added, and of pieces that can never be produced, is written beside the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from colossal_llama.tokenizer.extension import REPORT_FILE, UNREACHABLE_MODES, VocabularyExtension
+from colossal_llama.utils.arguments import ArgumentParser, existing_directory, existing_file
+from colossal_llama.utils.console import format_table, log, warn
+from colossal_llama.utils.errors import UserError, run_command
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="init_tokenizer.py", description=__doc__)
+    parser.add_argument(
+        "--source_tokenizer_dir",
+        type=existing_directory,
+        required=True,
+        help="tokenizer to extend: tokenizer.model (LLaMA-2) or tokenizer.json (LLaMA-3), with its configuration",
+    )
+    parser.add_argument(
+        "--target_tokenizer_dir",
+        type=Path,
+        required=True,
+        help="where the extended tokenizer goes; never the source directory",
+    )
+    parser.add_argument(
+        "--expand_tokens_file",
+        type=existing_file,
+        required=True,
+        help='JSONL file of new pieces, {"piece": "..."} a line',
+    )
+    parser.add_argument(
+        "--unreachable",
+        choices=UNREACHABLE_MODES,
+        default="report",
+        help="pieces that no text can ever yield: add them and say so (report), add the missing intermediate pieces "
+        "too (add), leave them out (drop), or stop (error)",
+    )
+    parser.add_check(_check_directories)
+    return parser
+
+
+def _check_directories(args: argparse.Namespace) -> list[str]:
+    source, target = args.source_tokenizer_dir, args.target_tokenizer_dir
+    if target.exists() and not target.is_dir():
+        return [f"--target_tokenizer_dir {target}: is not a directory"]
+    if target.exists() and target.samefile(source):
+        return [f"--target_tokenizer_dir {target}: is the source directory; the source is never changed"]
+    weights = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in target.glob(pattern))
+    if weights:
+        return [
+            f"--target_tokenizer_dir {target}: holds model weights ({weights[0]}) that would no longer fit the "
+            "tokenizer; choose another directory or remove the model"
+        ]
+    return []
+
+
+def extend(args: argparse.Namespace) -> VocabularyExtension:
+    """Reads the source and the pieces, and works out the extended tokenizer."""
+    from colossal_llama.tokenizer.pieces_file import SPACE_SYMBOL, read_pieces
+    from colossal_llama.tokenizer.tokenizer_files import read_tokenizer_files
+
+    files = read_tokenizer_files(args.source_tokenizer_dir, "--source_tokenizer_dir")
+    if files.is_sentencepiece:
+        from colossal_llama.tokenizer.sentencepiece_extension import SentencePieceSource, extend_sentencepiece
+
+        source = SentencePieceSource(files)
+        listed = read_pieces(args.expand_tokens_file, SPACE_SYMBOL, source.reserved, source.torn)
+        return extend_sentencepiece(source, listed, args.unreachable)
+
+    from colossal_llama.tokenizer.byte_level_extension import ByteLevelSource, extend_byte_level
+
+    byte_source = ByteLevelSource(files)
+    listed = read_pieces(args.expand_tokens_file, " ", byte_source.reserved)
+    return extend_byte_level(byte_source, listed, args.unreachable)
+
+
+def write_tokenizer(args: argparse.Namespace, extension: VocabularyExtension) -> None:
+    """Writes settings (the source's, byte for byte), report and vocabulary files, these last."""
+    import orjson
+
+    from colossal_llama.tokenizer.output_directory import place_files
+    from colossal_llama.tokenizer.tokenizer_files import SETTINGS_FILES, TOKENIZER_FILES
+
+    source = args.source_tokenizer_dir
+    contents = {name: (source / name).read_bytes() for name in SETTINGS_FILES if (source / name).exists()}
+    report = extension.report(args.unreachable)
+    contents[REPORT_FILE] = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    contents |= extension.files
+    place_files(args.target_tokenizer_dir, contents, owned=[REPORT_FILE, *TOKENIZER_FILES])
+
+
+def summarise(args: argparse.Namespace, extension: VocabularyExtension) -> None:
+    for note in extension.notes:
+        log(f"note: {note}")
+    rows = [(name.replace("_", " "), count) for name, count in extension.counts().items()]
+    log(format_table(["vocabulary", "count"], rows))
+    report = args.target_tokenizer_dir / REPORT_FILE
+    if extension.unreachable:
+        share = len(extension.unreachable) / len(extension.added)
+        warn(
+            f"{len(extension.unreachable):,} new pieces ({share:.1%}) can never be produced, the first: "
+            f"{', '.join(list(extension.unreachable)[:5])}; all of them are in {report}. "
+            "--unreachable add makes them reachable, drop leaves them out"
+        )
+    log(f"Report: {report}")
+    log(f"Tokenizer: {args.target_tokenizer_dir}")
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    extension = extend(args)
+    if not extension.added:
+        raise UserError(
+            f"{args.expand_tokens_file}: nothing to add: {len(extension.present):,} pieces are in the source already"
+            f", {len(extension.dropped):,} can never be produced"
+        )
+    write_tokenizer(args, extension)
+    summarise(args, extension)
+
+
+if __name__ == "__main__":
+    run_command(main)

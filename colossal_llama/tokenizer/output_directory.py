@@ -1,0 +1,44 @@
+"""Puts a set of files into a directory such that a killed run never leaves something that looks finished."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from colossal_llama.utils.files import sync_directory
+
+
+def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[str]) -> None:
+    """Writes `contents` beside `directory`, then moves them in.
+
+    A directory that does not exist yet, or is empty, appears complete in one rename. In another one, the files
+    named last in `contents` go first and come back last, so that until the end it can't be loaded.
+
+    Args:
+        contents: file name -> bytes; the last ones are those without which nothing can be loaded.
+        owned: names that this program may remove from the directory: an earlier run's leftovers.
+    """
+    directory = directory.absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
+    aside.mkdir()
+    try:
+        for name, content in contents.items():
+            with open(aside / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_directory(aside)
+        if not directory.exists() or not any(directory.iterdir()):
+            os.replace(aside, directory)
+        else:
+            for name in reversed([*owned, *contents]):
+                (directory / name).unlink(missing_ok=True)
+            for name in contents:
+                os.replace(aside / name, directory / name)
+            sync_directory(directory)
+        sync_directory(directory.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,375 @@
+"""Adds pieces to a sentencepiece BPE tokenizer (LLaMA-2), so that its slow and its fast form agree on every text.
+
+Slow: sentencepiece reads `tokenizer.model` and joins the two neighbours whose joined piece has the highest score,
+the leftmost on ties. Fast: the tokenizers library reads `tokenizer.json` and joins by the rank of the pair in a
+list. The two agree when that list is ordered by score, no two new scores are equal, and every character is a piece:
+sentencepiece joins characters that are no pieces, the fast form has already split those into bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from colossal_llama.tokenizer.extension import (
+    VocabularyExtension,
+    missing_characters,
+    raise_unreachable,
+)
+from colossal_llama.tokenizer.pieces_file import SPACE_SYMBOL, ListedPieces
+from colossal_llama.tokenizer.reachability import plan_intermediates, unreachable_pieces
+from colossal_llama.tokenizer.tokenizer_files import (
+    CONFIG_FILE,
+    FAST_FILE,
+    SENTENCEPIECE_FILE,
+    SPECIAL_TOKENS_FILE,
+    TokenizerFiles,
+)
+from colossal_llama.utils.errors import UserError
+
+# Values of sentencepiece's ModelProto.SentencePiece.Type and TrainerSpec.ModelType.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+BPE_MODEL = 2
+MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
+
+SUPPORTED_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast")
+
+
+class SentencePieceSource:
+    """A sentencepiece BPE tokenizer that can be extended.
+
+    Attributes:
+        files: its directory.
+        proto: its `ModelProto`.
+        vocabulary: piece -> id, every type of piece.
+        scores: normal piece -> score; what joins can produce.
+        outside: added tokens beyond the sentencepiece vocabulary, in the order of their ids.
+        reserved: strings at which a text is cut, or that stand for bytes.
+    """
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        self.files = files
+        self.proto = files.sentencepiece
+        self._refuse_unsuitable()
+        self.vocabulary = {piece.piece: index for index, piece in enumerate(self.proto.pieces)}
+        self.scores = {piece.piece: piece.score for piece in self.proto.pieces if piece.type == NORMAL}
+        added = files.added_tokens(self.vocabulary)
+        self.outside = self._tokens_outside(added)
+        self.reserved = {piece.piece for piece in self.proto.pieces if piece.type != NORMAL} | added.keys()
+
+    @property
+    def size(self) -> int:
+        """Number of ids, added tokens included."""
+        return len(self.proto.pieces) + len(self.outside)
+
+    @property
+    def torn(self) -> tuple[str, ...]:
+        """Strings that transformers' slow tokenizer tears apart.
+
+        With `legacy` off it encodes "<unk>" + text and cuts off the tokens of "<unk>"; a piece that reaches from
+        one into the other would lose text.
+        """
+        return () if self.legacy else (self.files.special_token("unk_token", "<unk>")[-1:] + SPACE_SYMBOL,)
+
+    @property
+    def legacy(self) -> bool:
+        """transformers' `legacy`: on when the configuration does not say."""
+        legacy = self.files.config.get("legacy")
+        return True if legacy is None else bool(legacy)
+
+    def _refuse_unsuitable(self) -> None:
+        path = self.files.directory / SENTENCEPIECE_FILE
+        trainer, normalizer = self.proto.trainer_spec, self.proto.normalizer_spec
+        problems = []
+        if trainer.model_type != BPE_MODEL:
+            kind = MODEL_TYPES.get(trainer.model_type, str(trainer.model_type))
+            reason = "its pieces carry probabilities that new pieces do not have" if kind == "unigram" else ""
+            problems.append(
+                f"{path}: a sentencepiece {kind} model{' (' + reason + ')' if reason else ''}; "
+                "only BPE models, such as LLaMA-2's, can be extended"
+            )
+        if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+            problems.append(
+                f"{path}: it rewrites text before it splits it (normalizer {normalizer.name or 'unnamed'}, "
+                f"remove_extra_whitespaces={normalizer.remove_extra_whitespaces}); transformers' fast LLaMA "
+                "tokenizer does not, so the two would disagree"
+            )
+        if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
+            problems.append(f"{path}: it does not write spaces as a leading {SPACE_SYMBOL}, as LLaMA's does")
+        unused = sum(piece.type == UNUSED for piece in self.proto.pieces)
+        if unused:
+            problems.append(f"{path}: {unused:,} pieces of type UNUSED, which a fast tokenizer cannot express")
+        tokenizer_class = self.files.config.get("tokenizer_class")
+        if tokenizer_class not in SUPPORTED_CLASSES:
+            problems.append(
+                f"{self.files.directory / CONFIG_FILE}: tokenizer_class {tokenizer_class}; only LlamaTokenizer "
+                "and LlamaTokenizerFast are known to encode as this program assumes"
+            )
+        if problems:
+            raise UserError(problems)
+
+    def _tokens_outside(self, added: Mapping[str, int]) -> list[str]:
+        """Added tokens with ids after the last piece, which must follow it without a gap."""
+        size = len(self.proto.pieces)
+        outside = {token: token_id for token, token_id in added.items() if token_id >= size}
+        for expected, (token, token_id) in enumerate(outside.items(), start=size):
+            if token in self.vocabulary:
+                raise UserError(
+                    f"{self.files.directory}: added token {token!r} has id {token_id}, but {SENTENCEPIECE_FILE} "
+                    f"has it at {self.vocabulary[token]}; save the tokenizer again with one id"
+                )
+            if token_id != expected:
+                raise UserError(
+                    f"{self.files.directory}: added token {token!r} has id {token_id}, and no token has id "
+                    f"{expected}. New pieces would have to fill the gap; give the added tokens consecutive ids"
+                )
+        return list(outside)
+
+
+def extend_sentencepiece(
+    source: SentencePieceSource, listed: ListedPieces, unreachable_mode: str
+) -> VocabularyExtension:
+    """Works out the new vocabulary and its two vocabulary files.
+
+    New ids follow the source's last: listed pieces in file order, then missing characters, then intermediates.
+
+    Raises:
+        UserError: `unreachable_mode` is "error" and there are unreachable pieces; or no score is left below the
+            source's lowest.
+    """
+    known = source.vocabulary.keys() | set(source.outside)
+    extension = VocabularyExtension(
+        kind="sentencepiece",
+        source_size=source.size,
+        listed=listed,
+        present=[piece for piece in listed.line_of if piece in known],
+        added=[piece for piece in listed.line_of if piece not in known],
+        notes=_notes(source),
+    )
+    scores = dict(source.scores)
+    lowest = _append_scores(scores, extension.added, min(scores.values(), default=0.0))
+    unreachable = unreachable_pieces(extension.added, list, scores)
+    if unreachable_mode == "error":
+        raise_unreachable(listed, unreachable)
+    elif unreachable_mode == "drop":
+        # What is never produced takes part in no other piece's chain: leaving it out changes nothing else.
+        extension.dropped = unreachable
+        extension.added = [piece for piece in extension.added if piece not in unreachable]
+        scores = dict(source.scores)
+        lowest = _append_scores(scores, extension.added, min(scores.values(), default=0.0))
+    extension.characters = missing_characters(extension.added, source.vocabulary, extension.added)
+    _append_scores(scores, extension.characters, lowest)
+    if unreachable_mode == "add":
+        extension.intermediates = plan_intermediates(unreachable, list, scores, next_lower_score)
+        _append_scores(scores, extension.intermediates, min(scores.values()))
+    elif unreachable_mode == "report":
+        extension.unreachable = unreachable
+    new_pieces = [*extension.added, *extension.characters, *extension.intermediates]
+    proto = _extended_proto(source, [(piece, scores[piece]) for piece in new_pieces])
+    extension.files = {
+        SENTENCEPIECE_FILE: proto.SerializeToString(),
+        FAST_FILE: _fast_tokenizer(source, proto),
+    }
+    return extension
+
+
+def next_lower_score(score: float) -> float:
+    """The score of the next piece: 1 lower, or the next float32 where 1 is below its resolution.
+
+    Scores are stored as float32; some tokenizers hold -1e9, whose neighbour is 64 away.
+    """
+    import numpy as np
+
+    current = np.float32(score)
+    lower = np.float32(current - np.float32(1))
+    if not lower < current:
+        lower = np.nextafter(current, np.float32(-np.inf))
+    if not np.isfinite(lower):
+        raise UserError(f"{SENTENCEPIECE_FILE}: its lowest score is {score}; no score is left below it")
+    return float(lower)
+
+
+def _append_scores(scores: dict[str, float], pieces: Iterable[str], lowest: float) -> float:
+    """Gives each piece a score below the one before; returns the last."""
+    for piece in pieces:
+        lowest = next_lower_score(lowest)
+        scores[piece] = lowest
+    return lowest
+
+
+def _notes(source: SentencePieceSource) -> list[str]:
+    notes = []
+    pieces = [piece for piece in source.scores if len(piece) > 1]
+    if tied := len(pieces) - len({source.scores[piece] for piece in pieces}):
+        notes.append(
+            f"{tied:,} pieces of the source share their score with another: where those meet, the source's own slow "
+            "and fast tokenizers may split text differently, and so will the new ones"
+        )
+    characterless = sum(any(character not in source.scores for character in piece) for piece in pieces)
+    if characterless:
+        notes.append(
+            f"{characterless:,} pieces of the source hold characters that are no pieces: the source's own slow and "
+            "fast tokenizers split them differently"
+        )
+    fast = source.files.fast
+    if fast and not source.legacy and not fast["normalizer"] and source.files.config.get("add_prefix_space", True):
+        notes.append(
+            f"{FAST_FILE} of the source leaves out the space that {SENTENCEPIECE_FILE} puts before a text that starts "
+            "with a space; it is kept as it is"
+        )
+    if source.outside:
+        notes.append(
+            f"{len(source.outside):,} added tokens ({', '.join(source.outside[:5])}) keep their ids from "
+            f"{len(source.proto.pieces):,} on; new pieces follow them"
+        )
+    return notes
+
+
+def _extended_proto(source: SentencePieceSource, new_pieces: list[tuple[str, float]]) -> Any:
+    proto = type(source.proto)()
+    proto.CopyFrom(source.proto)
+    for token in source.outside:
+        # Holds the id: sentencepiece never produces a control piece from text, transformers still cuts it out.
+        proto.pieces.add(piece=token, score=0.0, type=CONTROL)
+    for piece, score in new_pieces:
+        proto.pieces.add(piece=piece, score=score)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return proto
+
+
+def _fast_tokenizer(source: SentencePieceSource, proto: Any) -> bytes:
+    """`tokenizer.json` for `proto`: the source's own with a new vocabulary, or one made from its configuration."""
+    import orjson
+
+    fast = source.files.fast
+    if fast is None:
+        fast = _new_fast_tokenizer(source)
+    else:
+        _check_fast_matches(source, fast)
+    vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    merges = merges_by_score({piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL})
+    return orjson.dumps({**fast, "model": {**fast["model"], "vocab": vocabulary, "merges": merges}})
+
+
+def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The pairs that join to a piece, in the order in which sentencepiece would join them.
+
+    Within one piece, and among pieces of equal score, longer left parts go first, as in transformers' conversion.
+    """
+    merges = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                merges.append((-score, -cut, cut - len(piece), left, right))
+    merges.sort(key=lambda merge: merge[:3])
+    return [(left, right) for *_, left, right in merges]
+
+
+def _check_fast_matches(source: SentencePieceSource, fast: Mapping[str, Any]) -> None:
+    path = source.files.directory / FAST_FILE
+    model = fast["model"]
+    if model.get("type") != "BPE" or not model.get("byte_fallback", False):
+        raise UserError(
+            f"{path}: not the fast form of {SENTENCEPIECE_FILE} (a {model.get('type')} model, byte_fallback "
+            f"{model.get('byte_fallback')}); remove the file and it is made anew"
+        )
+    vocabulary = model["vocab"]
+    for piece, token_id in source.vocabulary.items():
+        if vocabulary.get(piece) != token_id:
+            raise UserError(
+                f"{path}: token {piece!r} has id {vocabulary.get(piece)}, but {token_id} in {SENTENCEPIECE_FILE}; "
+                "remove the file and it is made anew"
+            )
+
+
+def _new_fast_tokenizer(source: SentencePieceSource) -> dict[str, Any]:
+    """A `tokenizer.json` that does what transformers' slow tokenizer does with this configuration, still empty.
+
+    With `legacy` on, sentencepiece itself puts the dummy prefix before every stretch between special tokens; with it
+    off, transformers puts one before the text. Metaspace, which transformers 4.51's conversion uses for the latter,
+    leaves the prefix out when the text starts with a space, so a normalizer puts it there first. (It does so after
+    a special token too: there alone, before a space, the fast form has one space more than the slow one.)
+    """
+    import orjson
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    config = source.files.config
+    add_prefix_space = config.get("add_prefix_space", True)
+    tokenizer = Tokenizer(
+        models.BPE(unk_token=source.proto.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=True)
+    )
+    if source.legacy:
+        steps = [normalizers.Replace(" ", SPACE_SYMBOL)]
+        if source.proto.normalizer_spec.add_dummy_prefix:
+            steps.insert(0, normalizers.Prepend(SPACE_SYMBOL))
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        if add_prefix_space:
+            tokenizer.normalizer = normalizers.Replace(Regex(rf"\A(?=[ {SPACE_SYMBOL}])"), SPACE_SYMBOL)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            SPACE_SYMBOL, prepend_scheme="first" if add_prefix_space else "never", split=False
+        )
+    decoding = [decoders.Replace(SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if add_prefix_space:
+        decoding.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(decoding)
+    fast = orjson.loads(tokenizer.to_str())
+    fast["added_tokens"] = _added_token_entries(source)
+    fast["post_processor"] = _post_processor(source)
+    return fast
+
+
+def _added_token_entries(source: SentencePieceSource) -> list[dict[str, Any]]:
+    ids = source.files.added_tokens(source.vocabulary)
+    # transformers' slow tokenizer knows these without being told.
+    for name, default in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
+        token = source.files.special_token(name, default)
+        if token in source.vocabulary:
+            ids.setdefault(token, source.vocabulary[token])
+    for piece in source.proto.pieces:
+        if piece.type in (CONTROL, USER_DEFINED):
+            ids.setdefault(piece.piece, source.vocabulary[piece.piece])
+    settings = source.files.added_token_settings()
+    user_defined = {piece.piece for piece in source.proto.pieces if piece.type == USER_DEFINED}
+    legacy_words = _legacy_plain_words(source)
+    entries = []
+    for token, token_id in sorted(ids.items(), key=lambda item: item[1]):
+        entry = {"single_word": False, "lstrip": False, "rstrip": False}
+        plain = token in user_defined or token in legacy_words
+        entry |= {"normalized": token in legacy_words, "special": not plain}
+        entry |= {key: value for key, value in settings.get(token, {}).items() if key in entry}
+        entries.append({"id": token_id, "content": token, **entry})
+    return entries
+
+
+def _legacy_plain_words(source: SentencePieceSource) -> set[str]:
+    """Tokens that only `added_tokens.json` names: words, not special tokens."""
+    path = source.files.directory / "added_tokens.json"
+    if not path.exists() or "added_tokens_decoder" in source.files.config:
+        return set()
+    from colossal_llama.utils.files import read_json
+
+    return set(read_json(path)) - set(source.files.special_token_strings())
+
+
+def _post_processor(source: SentencePieceSource) -> dict[str, Any] | None:
+    """Puts BOS and EOS where the configuration wants them, in `tokenizer.json`'s terms."""
+    import orjson
+    from tokenizers import processors
+
+    config = source.files.config
+    vocabulary = {**source.vocabulary, **{t: len(source.vocabulary) + i for i, t in enumerate(source.outside)}}
+    bos = source.files.special_token("bos_token", "<s>") if config.get("add_bos_token", True) else None
+    eos = source.files.special_token("eos_token", "</s>") if config.get("add_eos_token", False) else None
+    for name, token in (("bos_token", bos), ("eos_token", eos)):
+        if token is not None and token not in vocabulary:
+            raise UserError(
+                f"{source.files.directory / SPECIAL_TOKENS_FILE}: {name} {token!r} is not in the vocabulary"
+            )
+    one = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+    two = [*one, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
+    processor = processors.TemplateProcessing(
+        single=one, pair=two, special_tokens=[(token, vocabulary[token]) for token in {bos, eos} - {None}]
+    )
+    return orjson.loads(processor.__getstate__())
