@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 
 from colossal_llama.dataset.options import add_preparation_flags
@@ -22,19 +23,20 @@ def build_parser() -> ArgumentParser:
 
 
 def prepare_pretraining_data(args: Namespace) -> None:
-    from colossal_llama.dataset.preparation import load_tokenizer, make_settings, prepare
+    from colossal_llama.dataset.preparation import make_settings, prepare
     from colossal_llama.dataset.tokenization import EncoderSpec
 
-    tokenizer = load_tokenizer(args.tokenizer_dir)
-    spec = EncoderSpec(
-        kind="pretrain",
-        bos_id=tokenizer.bos_token_id,
-        end_id=tokenizer.eos_token_id,
-        max_length=args.max_length,
-        truncate=args.long_documents == "truncate",
+    prepare(
+        make_settings(args, splice=True),
+        lambda tokenizer: EncoderSpec(
+            kind="pretrain",
+            bos_id=tokenizer.bos_token_id,
+            end_id=tokenizer.eos_token_id,
+            max_length=args.max_length,
+            truncate=args.long_documents == "truncate",
+        ),
+        {"kind": "pretrain", "long_documents": args.long_documents},
     )
-    facts = {"kind": "pretrain", "long_documents": args.long_documents}
-    prepare(make_settings(args, splice=True), tokenizer, spec, facts)
 
 
 def main() -> None:
@@ -42,4 +44,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Loading a tokenizer needs no torch, whose import takes longer than everything else together.
+    os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
     run_command(main)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
+from typing import Any
 
 from colossal_llama.dataset.options import add_preparation_flags
 from colossal_llama.utils.arguments import ArgumentParser
@@ -30,16 +32,20 @@ def build_parser() -> ArgumentParser:
 
 def prepare_sft_data(args: Namespace) -> None:
     from colossal_llama.dataset.conversation import find_special_tokens
-    from colossal_llama.dataset.preparation import load_tokenizer, make_settings, prepare
+    from colossal_llama.dataset.preparation import make_settings, prepare
     from colossal_llama.dataset.tokenization import EncoderSpec
 
-    tokenizer = load_tokenizer(args.tokenizer_dir)
-    special = find_special_tokens(tokenizer, args.llama_version)
-    spec = EncoderSpec(
-        kind="sft", bos_id=special.bos_id, end_id=special.end_of_turn_id, max_length=args.max_length
+    def make_spec(tokenizer: Any) -> EncoderSpec:
+        special = find_special_tokens(tokenizer, args.llama_version)
+        return EncoderSpec(
+            kind="sft", bos_id=special.bos_id, end_id=special.end_of_turn_id, max_length=args.max_length
+        )
+
+    prepare(
+        make_settings(args, splice=args.splice),
+        make_spec,
+        {"kind": "sft", "llama_version": args.llama_version, "splice": args.splice},
     )
-    facts = {"kind": "sft", "llama_version": args.llama_version, "splice": args.splice}
-    prepare(make_settings(args, splice=args.splice), tokenizer, spec, facts)
 
 
 def main() -> None:
@@ -47,4 +53,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Loading a tokenizer needs no torch, whose import takes longer than everything else together.
+    os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
     run_command(main)

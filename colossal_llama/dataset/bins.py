@@ -75,14 +75,14 @@ class BinTask:
 def deal_documents(strata: np.ndarray, num_bins: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Deals documents to bins like cards, stratum by stratum, each shuffled first.
 
-    Every bin gets its share of every stratum to within one document, and no bin stays empty while there are as
-    many documents as bins: the deal goes on where the stratum before ended.
+    Every bin gets its share of every stratum to within one document, and no bin stays empty while there are
+    as many documents as bins: the deal goes on where the stratum before ended.
 
     Args:
         strata: int array [num_documents], the stratum (input directory and category) of each.
 
     Returns:
-        The documents in the order of bins, int64 [num_documents], and the bins' boundaries in it, [num_bins + 1].
+        The documents in the order of bins, int64 [num_documents], and the bins' boundaries, [num_bins + 1].
     """
     # RandomState: numpy promises that its streams stay as they are.
     shuffled = np.random.RandomState([seed, 0]).permutation(len(strata))
@@ -182,7 +182,7 @@ class TokenReader:
 
 
 class RowWriter:
-    """Writes rows to an Arrow stream and to JSONL in one pass, in the form that `datasets.save_to_disk` gives them."""
+    """Writes rows in one pass to JSONL and to an Arrow stream, as `datasets.save_to_disk` lays it out."""
 
     def __init__(self, arrow_dir: Path, jsonl_path: Path) -> None:
         self.num_labels = 0
@@ -222,9 +222,9 @@ class RowWriter:
         self._stream.write_batch(
             pa.record_batch(
                 [
-                    pa.ListArray.from_arrays(token_starts, pa.array(input_ids)),
-                    pa.ListArray.from_arrays(token_starts, pa.array(labels)),
-                    pa.ListArray.from_arrays(document_starts, pa.array(document_lengths)),
+                    pa.ListArray.from_arrays(_as_arrow(token_starts), _as_arrow(input_ids)),
+                    pa.ListArray.from_arrays(_as_arrow(token_starts), _as_arrow(labels)),
+                    pa.ListArray.from_arrays(_as_arrow(document_starts), _as_arrow(document_lengths)),
                 ],
                 schema=_schema(),
             )
@@ -242,6 +242,11 @@ class RowWriter:
             self._jsonl_file.write(
                 orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
             )
+
+
+def _as_arrow(array: np.ndarray) -> pa.Array:
+    """An int32 array without copying it; `pa.array` would import pandas first, in every worker."""
+    return pa.Array.from_buffers(pa.int32(), len(array), [None, pa.py_buffer(array)])
 
 
 def _features() -> dict[str, Any]:

@@ -5,8 +5,8 @@ A conversation, drawn (both LLaMA versions; END is `</s>` for 2 and `<|eot_id|>`
     BOS  A chat between … questions.\\n\\nHuman:_  BOS  Hello  END  Assistant:_  BOS  Hi!  END
     ─────────────── no loss ─────────────────────────────────────────────────────  ── loss ──
 
-Each stretch of text between two special tokens is encoded by itself, and the strings of special tokens inside a
-user's text are plain text. torch is not imported here.
+Each stretch of text between two special tokens is encoded by itself, and the strings of special tokens inside
+a user's text are plain text. torch is not imported here.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def find_end_of_turn(tokenizer: PreTrainedTokenizerBase, llama_version: int) -> 
         others = [str(v) for v, name in END_OF_TURN.items() if _find_token(tokenizer, name) is not None]
         remedy = f"use --llama_version {others[0]}" if others else "use a LLaMA tokenizer"
         raise UserError(
-            f"--llama_version {llama_version}: turns end with {END_OF_TURN[llama_version]}, which the tokenizer "
-            f"{tokenizer.name_or_path} does not have; {remedy}"
+            f"--llama_version {llama_version}: turns end with {END_OF_TURN[llama_version]}, which the "
+            f"tokenizer {tokenizer.name_or_path} does not have; {remedy}"
         )
     return token_id
 

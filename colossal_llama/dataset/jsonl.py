@@ -27,8 +27,9 @@ READ_BUFFER_BYTES = 1 << 20
 class Shard:
     """A part of an input file: the lines that start at the bytes `start` ≤ … < `end`.
 
-    A compressed file can only be read from its beginning, so it is one shard. Shards depend on the files alone, not
-    on the number of workers. `size` and `mtime_ns` are those of the file when the shards were made.
+    A compressed file can only be read from its beginning, so it is one shard. Shards depend on the files
+    alone, not on the number of workers. `size` and `mtime_ns` are those of the file when the shards were
+    made.
     """
 
     path: str
@@ -40,7 +41,7 @@ class Shard:
 
 
 class BadRecord(Exception):
-    """A record that can't be used; `kind` is what it is counted under, the message says what is wrong with it."""
+    """A record that can't be used: `kind` is what it is counted under, the message says what is wrong."""
 
     def __init__(self, kind: str, message: str | None = None) -> None:
         self.kind = kind

@@ -5,8 +5,8 @@ Rows of 8 tokens; documents of 5, 4, 3, 2 and 2 tokens (letters), `.` is free:
     in order of arrival      AAAAA...  BBBBCCC.  DDEE....
     best-fit decreasing      AAAAACCC  BBBBDDEE
 
-Pieces are taken from the longest to the shortest; each goes into the row whose free space is the smallest that
-still holds it, and opens a row when none does.
+Pieces are taken from the longest to the shortest; each goes into the row whose free space is the smallest
+that still holds it, and opens a row when none does.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class PackedRows:
 def pack_best_fit(lengths: np.ndarray, max_length: int) -> PackedRows:
     """Packs pieces into rows of at most `max_length` tokens; every piece is in exactly one row.
 
-    Pieces of one length are placed together. The rows are kept in buckets by free space, with the buckets in use
-    as bits of one integer, so the smallest sufficient space is found in one step. A row with free space f takes
-    f // length pieces at once (after the first it is still the best fit), and what is left is shorter than the
-    piece: for one length every bucket is visited at most once, in ascending order. Together: at most one step for
-    each piece, and at most one for each pair of a length and a bucket.
+    Pieces of one length are placed together. The rows are kept in buckets by free space, with the buckets in
+    use as bits of one integer, so the smallest sufficient space is found in one step. A row with free space f
+    takes f // length pieces at once (after the first it is still the best fit), and what is left is shorter
+    than the piece: for one length every bucket is visited at most once, in ascending order. Together: at most
+    one step for each piece, and at most one for each pair of a length and a bucket.
 
     Args:
         lengths: int array [num_pieces], each in 1..max_length.

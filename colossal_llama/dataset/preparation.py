@@ -1,6 +1,6 @@
 """Data preparation from JSONL directories to packed bins, for pre-training and SFT alike.
 
-    input files ─▶ shards ─▶ encode_shard ─▶ cache/shards ─▶ deal to bins ─▶ write_bin ─▶ arrow/ and jsonl/ ─▶ stats.json
+    input files ─▶ shards ─▶ encode_shard ─▶ cache/shards ─▶ deal to bins ─▶ write_bin ─▶ arrow/, jsonl/
 
 `encode_shard` and `write_bin` run in the workers; what is between them is decided here, on lengths alone.
 `stats.json` is written last: where it is, the output is complete.
@@ -16,8 +16,8 @@ import shutil
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ class Settings:
     """What the user asked for; `splice` packs several documents into a row."""
 
     data_input_dirs: list[Path]
+    tokenizer_dir: Path
     data_output_dirs: Path
     data_arrow_output_dir: Path
     max_length: int
@@ -95,6 +96,7 @@ def make_settings(args: Namespace, splice: bool) -> Settings:
     """The settings that the shared flags ask for."""
     return Settings(
         data_input_dirs=args.data_input_dirs,
+        tokenizer_dir=args.tokenizer_dir,
         data_output_dirs=args.data_output_dirs,
         data_arrow_output_dir=args.data_arrow_output_dir,
         max_length=args.max_length,
@@ -127,27 +129,30 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def prepare(
-    settings: Settings, tokenizer: PreTrainedTokenizerFast, spec: EncoderSpec, facts: dict[str, Any]
+    settings: Settings,
+    make_spec: Callable[[PreTrainedTokenizerFast], EncoderSpec],
+    facts: Mapping[str, Any],
 ) -> None:
     """Encodes, packs and writes everything that the settings name.
 
     Args:
-        spec: how to encode; its `tokenizer_json` is filled in here.
-        facts: choices that belong in `stats.json` beside those of `Settings`.
+        make_spec: how to encode with a tokenizer; `tokenizer_json` is filled in here.
+        facts: choices that belong in `stats.json` beside those of `Settings`; "kind" is one of them.
 
     Raises:
         UserError: bad records, output that is there, fewer documents than bins, …
     """
     started = time.monotonic()
-    workers = open_workers(settings.ray_address, settings.num_workers)
+    workers = open_workers(settings.ray_address, settings.num_workers, [encode_shard, write_bin])
     files = find_input_files(settings.data_input_dirs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked_directory(settings.data_output_dirs, "data preparation"))
         stack.enter_context(locked_directory(settings.data_arrow_output_dir, "data preparation"))
         stack.enter_context(workers)
+        tokenizer = load_tokenizer(settings.tokenizer_dir)
+        spec = make_spec(tokenizer)
         info = _save_tokenizer(tokenizer, settings.cache_dir)
         spec = replace(spec, tokenizer_json=str(info.json_path))
-        shards = make_shards(files)
         facts = {
             **facts,
             "max_length": settings.max_length,
@@ -156,6 +161,7 @@ def prepare(
             "tokenizer_fingerprint": info.fingerprint,
             "vocab_size": info.vocab_size,
         }
+        shards = make_shards(files)
         run_key = _find_run_key(shards, spec, facts, settings)
         _claim_output(settings, run_key)
         shard_tasks, summaries = _encode_shards(workers, shards, spec, settings)
@@ -184,18 +190,18 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> Toke
     for token, token_id in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
         if token_id in backend.encode(f"{token} a{token}", add_special_tokens=False).ids:
             raise UserError(
-                f"{tokenizer.name_or_path}: the merges of this tokenizer turn the plain text {token} into the "
-                f"special token {token_id}; make the tokenizer again without a piece that is part of {token}"
+                f"{tokenizer.name_or_path}: the merges of this tokenizer turn the plain text {token} "
+                f"into the special token {token_id}; use a tokenizer that keeps them apart"
             )
     return TokenizerInfo(path, tokenizer_fingerprint(tokenizer), len(tokenizer))
 
 
 def _find_run_key(shards: list[Shard], spec: EncoderSpec, facts: dict[str, Any], settings: Settings) -> str:
-    """A digest of everything that decides the output: a repeated run with the same one goes on where it stopped."""
+    """A digest of everything that decides the output: a run with the same one goes on where it stopped."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(repr(shard).encode())
-    what = {**facts, "splice": settings.splice, "skip": settings.skip_bad_records, "spec": asdict(spec)}
+    what = {**facts, "splice": settings.splice, "skip": settings.skip_bad_records, "spec": spec.as_key()}
     digest.update(json.dumps(what, sort_keys=True).encode())
     return digest.hexdigest()[:24]
 
@@ -271,7 +277,7 @@ def _check_bad_records(settings: Settings, shards: list[Shard], summaries: list[
         [
             *listed,
             *([f"… and {rest:,} more"] if rest else []),
-            f"{kinds.total():,} bad records ({by_kind}); mend them, or leave them out with --on_bad_record skip",
+            f"{kinds.total():,} bad records ({by_kind}); mend them, or use --on_bad_record skip",
         ]
     )
 
@@ -352,7 +358,7 @@ def _write_bins(
 
 
 def _collect_documents(tasks: list[ShardTask]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reads the shards' tables: lengths of all pieces, then pieces and stratum of all documents (int32 arrays).
+    """Reads the shards' tables: lengths of all pieces, pieces of all documents, their strata (int32 arrays).
 
     A stratum is an input directory with a category; strata are numbered by directory, then by name.
     """
@@ -385,7 +391,7 @@ def _write_plan(
     documents: np.ndarray,
     document_bounds: np.ndarray,
 ) -> list[int]:
-    """Writes lengths and offsets of the pieces in the order of the deal; returns the bins' boundaries in pieces."""
+    """Writes lengths and offsets of the pieces in the order of the deal; returns the bins' boundaries."""
     offsets = np.concatenate(([0], np.cumsum(piece_lengths, dtype=np.int64)[:-1]))
     first_pieces = np.concatenate(([0], np.cumsum(num_pieces, dtype=np.int64)[:-1]))
     sizes = num_pieces[documents].astype(np.int64)

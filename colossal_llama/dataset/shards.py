@@ -2,9 +2,9 @@
 
 In `cache/shards/`, named by a digest of all that decides the content:
 
-    <key>.tokens   int32, little-endian: the pieces of all kept documents, one after the other (see `tokenization`)
-    <key>.npz      lengths of the pieces, pieces and category of each document, counts; written last, so a shard
-                   with this file is finished, and a repeated run takes it as it is
+    <key>.tokens   int32, little-endian: the pieces of all kept documents (see `tokenization`), end to end
+    <key>.npz      lengths of the pieces, pieces and category of each document, counts; written last, so a
+                   shard with this file is finished, and a repeated run takes it as it is
 """
 
 from __future__ import annotations
@@ -42,12 +42,8 @@ class ShardTask:
 
     @property
     def key(self) -> str:
-        shard, spec = dataclasses.asdict(self.shard), dataclasses.asdict(self.spec)
-        # What the file names stand for: the tokenizer's content is in the name of its file.
-        spec["tokenizer_json"] = Path(self.spec.tokenizer_json).name
-        if self.spec.kind != "chat_template":
-            spec["tokenizer_dir"] = ""
-        text = json.dumps([CACHE_FORMAT, shard, spec], sort_keys=True)
+        what = [CACHE_FORMAT, dataclasses.asdict(self.shard), self.spec.as_key()]
+        text = json.dumps(what, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     @property
@@ -73,7 +69,7 @@ class ShardSummary:
 
 @dataclass
 class ShardTable:
-    """The documents that a shard keeps: `categories[i]` names document i's, which has `num_pieces[i]` pieces."""
+    """The documents that a shard keeps: document i has `num_pieces[i]` pieces, one after the other."""
 
     piece_lengths: np.ndarray
     num_pieces: np.ndarray

@@ -1,4 +1,4 @@
-"""What is counted in preparation: `stats.json`, the table in the terminal, and the picture of document lengths."""
+"""What is counted in preparation: `stats.json`, the table at the end, the picture of document lengths."""
 
 from __future__ import annotations
 
@@ -177,21 +177,20 @@ def format_statistics(stats: Mapping[str, Any]) -> str:
 
 def draw_lengths(stats: Mapping[str, Any], path: Path) -> None:
     """Writes a histogram of the lengths of documents (chunks of long ones count by themselves) as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     histogram = stats["piece_lengths"]
     edges, numbers = histogram["edges"], histogram["counts"]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # no display is needed, and no state of pyplot's is touched
+    axes = figure.add_subplot()
     axes.bar(edges[:-1], numbers, width=np.diff(edges), align="edge", edgecolor="white", linewidth=0.5)
     axes.set_xlabel("length, in tokens")
     axes.set_ylabel("documents and chunks")
     axes.set_title(f"{stats['total']['pieces']:,} documents and chunks, {stats['rows']['tokens']:,} tokens")
     axes.set_xlim(0, edges[-1])
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
-    plt.close(figure)
 
 
 def _histogram(lengths: np.ndarray, num_bars: int = 50) -> dict[str, Any]:

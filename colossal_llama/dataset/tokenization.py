@@ -1,7 +1,7 @@
 """Records to documents: parsing, encoding in batches, the loss mask, and what does not fit a row.
 
-A document is one int32 array. A token without loss is stored as the bitwise complement of its id, so ids and labels
-travel together and chunking is slicing:
+A document is one int32 array. A token without loss is stored as the bitwise complement of its id, so ids and
+labels travel together and chunking is slicing:
 
     source "a b", target "c"     BOS  a  b  c EOS      ids
                                   ~1 ~5 ~6  7   2      stored: `~id` is below zero
@@ -11,8 +11,10 @@ travel together and chunking is slicing:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,13 +56,20 @@ class EncoderSpec:
     tokenizer_json: str = ""
     tokenizer_dir: str = ""
 
+    def as_key(self) -> dict[str, Any]:
+        """What the encoding depends on: a tokenizer's content, wherever it is."""
+        value = {**asdict(self), "tokenizer_json": Path(self.tokenizer_json).name}
+        if self.kind != "chat_template":
+            del value["tokenizer_dir"]
+        return value
+
 
 @dataclass
 class Outcome:
     """What became of a record: pieces to keep, and where every other token went.
 
-    `num_tokens` is the sum of the pieces' lengths and of `dropped_tokens`. Without pieces the record is dropped for
-    `reason`. `notes` are counted, nothing more.
+    `num_tokens` is the sum of the pieces' lengths and of `dropped_tokens`. Without pieces the record is
+    dropped for `reason`. `notes` are counted, nothing more.
     """
 
     num_tokens: int
@@ -117,10 +126,10 @@ def load_encoder(spec: EncoderSpec) -> RecordEncoder:
 
 
 def load_plain_backend(tokenizer_json: str) -> Tokenizer:
-    """The Rust tokenizer, set to encode text as it is: nothing added, cut or padded, special strings are text.
+    """The Rust tokenizer, set to encode text as it is: nothing added, cut or padded, no special tokens.
 
-    The post-processor only adds special tokens and trims spaces from offsets; without it every character belongs
-    to the token that it came from.
+    The post-processor only adds special tokens and trims spaces from offsets; without it every character
+    belongs to the token that it came from.
     """
     backend = Tokenizer.from_file(tokenizer_json)
     backend.encode_special_tokens = True
@@ -131,7 +140,7 @@ def load_plain_backend(tokenizer_json: str) -> Tokenizer:
 
 
 class PretrainEncoder:
-    """`{"source", "target", "category"}`: BOS + source + target + EOS, loss on what ends beyond the source."""
+    """`{"source", "target", "category"}`: BOS + source + target + EOS, loss on what ends beyond `source`."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
@@ -206,7 +215,7 @@ def _truncate(stored: np.ndarray, max_length: int) -> Outcome:
 
 
 def _chunk(stored: np.ndarray, max_length: int) -> Outcome:
-    """Full rows and a remainder; BOS is in the first and EOS in the last. A chunk without a label is dropped."""
+    """Full rows and a remainder, BOS in the first, EOS in the last; a chunk without a label is dropped."""
     outcome = Outcome(len(stored), notes=["chunked"])
     for start in range(0, len(stored), max_length):
         chunk = stored[start : start + max_length]
@@ -247,7 +256,7 @@ def _parse_message(value: Any, index: int) -> Message:
 
 
 class ConversationEncoder:
-    """Conversations in the template of `conversation.py`; whole turns up to `max_length`, ending with an answer."""
+    """Conversations in the template of `conversation.py`: whole turns up to `max_length`."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
@@ -337,6 +346,6 @@ def _describe(messages: Sequence[Message]) -> list[str]:
         "starts with the assistant": bool(turns) and turns[0].role == "assistant",
         "ends with the human": bool(turns) and turns[-1].role == "human",
         "empty content": any(not message.content for message in messages),
-        "same role twice": any(a.role == b.role for a, b in zip(turns, turns[1:], strict=False)),
+        "same role twice": any(a.role == b.role for a, b in pairwise(turns)),
     }
     return [fact for fact, holds in facts.items() if holds]

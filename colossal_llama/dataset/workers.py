@@ -1,7 +1,7 @@
 """The seam between what is done and where: "run this function over these tasks".
 
-Functions are importable by name, tasks and results are small and picklable (file names, lengths, counts): the corpus
-itself only moves through files. Other places to run than this machine's processes plug in here.
+Functions are importable by name, tasks and results are small and picklable (file names, lengths, counts): the
+corpus itself only moves through files. Other places to run than this machine's processes plug in here.
 """
 
 from __future__ import annotations
@@ -23,15 +23,28 @@ Result = TypeVar("Result")
 
 
 class LocalWorkers:
-    """Processes of this machine; one worker is this process itself."""
+    """Processes of this machine; one worker is this process itself.
 
-    def __init__(self, num_workers: int) -> None:
+    Args:
+        num_workers: number of processes.
+        functions: what `run` will be asked for, so that workers import it while this process does other
+        things.
+    """
+
+    def __init__(self, num_workers: int, functions: Sequence[Callable]) -> None:
         self.num_workers = num_workers
+        self.functions = tuple(functions)
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> LocalWorkers:
         # Parallelism is by process: threads inside each would only get in each other's way.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        if self.num_workers > 1:
+            # fork would copy the locks of the threads that libraries have started here.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (self.functions,))
+            for _ in range(self.num_workers):
+                self._pool.submit(_do_nothing)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -43,14 +56,10 @@ class LocalWorkers:
 
         At most two tasks a worker are under way, so results that nobody has taken do not pile up.
         """
-        if self.num_workers == 1 or len(tasks) <= 1:
+        if self._pool is None:
             for index, task in enumerate(tasks):
                 yield index, function(task)
             return
-        if self._pool is None:
-            # fork would copy the threads' locks of the libraries loaded here.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.num_workers, context, initializer=_start_worker)
         waiting = iter(enumerate(tasks))
         running: dict[Future[Result], int] = {}
         try:
@@ -69,14 +78,15 @@ class LocalWorkers:
             ) from None
 
 
-def open_workers(ray_address: str, num_workers: int) -> LocalWorkers:
+def open_workers(ray_address: str, num_workers: int, functions: Sequence[Callable]) -> LocalWorkers:
     """Where the tasks run: `none` is this machine's processes."""
     if ray_address != "none":
         raise UserError(f"--ray_address {ray_address}: not available yet; use --ray_address none")
-    return LocalWorkers(num_workers)
+    return LocalWorkers(num_workers, functions)
 
 
-def _start_worker() -> None:
+def _start_worker(functions: Sequence[Callable]) -> None:
+    """Runs first in every worker; that `functions` arrived here means that their modules are imported."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the workers
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -87,3 +97,7 @@ def _end_with(sentinel: int) -> None:
     """A worker whose parent was killed has nobody left to work for."""
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
+
+
+def _do_nothing() -> None:
+    """Makes the pool start a worker."""

@@ -1,0 +1,325 @@
+"""Measures data preparation end to end against the bare batched tokenizer: speed, fill of the rows, peak
+memory.
+
+Without `--data_dir` and `--tokenizer_dir` it makes a bilingual corpus (made-up words with a natural
+distribution of frequencies and lengths) and trains a tokenizer on it. All figures come from one run on one
+machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from colossal_llama.utils.arguments import ArgumentParser, existing_directory, number, positive_int
+from colossal_llama.utils.console import format_table, log
+from colossal_llama.utils.errors import run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+SYLLABLES = ["ba", "be", "bi", "bo", "da", "de", "di", "do", "fa", "fe", "ga", "go", "ha", "he", "in", "is", "ka", "ki", "la", "le", "lo", "ma", "me", "mi", "na", "ne", "no", "or", "pa", "po", "ra", "re"]
+ENDINGS = ["", "", "n", "s", "t", "r", "ing", "ed", "ly", "tion"]
+MEGABYTE = 1 << 20
+
+
+@dataclass
+class Run:
+    seconds: float
+    peak_main: int  # bytes, resident
+    peak_worker: int  # bytes, resident, the largest worker
+    peak_all: int  # bytes, proportional set size of all processes together
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="prepare_dataset.py", description=__doc__)
+    parser.add_argument("--size_mb", type=positive_int, default=100, help="size of the corpus, in MB")
+    parser.add_argument("--tokenizer_dir", type=existing_directory, help="tokenizer (default: trains one)")
+    parser.add_argument("--vocab_size", type=number(int, 1000), default=32000, help="pieces of a trained one")
+    parser.add_argument(
+        "--num_workers", type=positive_int, default=len(os.sched_getaffinity(0)), help="cores for both sides"
+    )
+    parser.add_argument("--max_length", type=positive_int, default=4096, help="longest row, in tokens")
+    parser.add_argument(
+        "--source_share", type=number(float, 0, 1), default=0.2, help="share of records with a source, 0 to 1"
+    )
+    parser.add_argument("--work_dir", type=Path, help="keeps corpus and tokenizer here (default: removed)")
+    parser.add_argument("--repeats", type=positive_int, default=1, help="runs of each; the fastest counts")
+    parser.add_flag("--memory", default=True, help="peak memory at 10 MB too")
+    parser.add_flag("--large", default=False, help="peak memory at 1 GB too: minutes, and 12 GB of disk")
+    return parser
+
+
+class TextMaker:
+    """Documents of made-up words and of Chinese characters: Zipf-distributed, lengths log-normal."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        words = set()
+        for _ in range(40000):
+            syllables = self.random.choices(SYLLABLES, k=self.random.randint(1, 4))
+            words.add("".join(syllables) + self.random.choice(ENDINGS))
+        english = sorted(words)
+        self.random.shuffle(english)
+        self.english = (english, _zipf_weights(len(english)))
+        characters = [chr(c) for c in range(0x4E00, 0x4E00 + 6000)]
+        self.random.shuffle(characters)
+        sizes = self.random.choices((1, 2, 2, 2, 3), k=20000)
+        chinese = ["".join(self.random.choices(characters, k=size)) for size in sizes]
+        self.chinese = (chinese, _zipf_weights(len(chinese)))
+
+    def text(self, num_words: int, chinese: bool) -> str:
+        words, weights = self.chinese if chinese else self.english
+        drawn = self.random.choices(words, cum_weights=weights, k=num_words)
+        stop, space = ("。", "") if chinese else (". ", " ")
+        size = self.random.randint(6, 20)
+        return stop.join(space.join(drawn[i : i + size]) for i in range(0, len(drawn), size)) + stop.strip()
+
+    def documents(self) -> Iterator[tuple[str, str, str]]:
+        """Endless (first part, second part, category)."""
+        while True:
+            chinese = self.random.random() < 0.4
+            num_words = max(4, min(20000, int(self.random.lognormvariate(5.3, 1.1))))
+            category = self.random.choice(("web", "books", "news")) + ("-zh" if chinese else "-en")
+            yield self.text(max(2, num_words // 5), chinese), self.text(num_words, chinese), category
+
+
+def _zipf_weights(count: int) -> list[float]:
+    total, weights = 0.0, []
+    for rank in range(count):
+        total += 1 / (rank + 2.7)
+        weights.append(total)
+    return weights
+
+
+def make_corpus(directory: Path, kind: str, megabytes: int, source_share: float) -> None:
+    """Writes `megabytes` of records of one kind, in files of at most 256 MB."""
+    directory.mkdir(parents=True)
+    maker = TextMaker(seed=1)
+    documents = maker.documents()
+    # Text is made for 20 MB and then recombined, since making it is slower than preparing it.
+    pool = [next(documents) for _ in range(min(20, megabytes) * 700)]
+    written, number_of_files = 0, 0
+    while written < megabytes * MEGABYTE:
+        with open(directory / f"{kind}-{number_of_files:03d}.jsonl", "w", encoding="utf-8") as file:
+            size = 0
+            while size < 256 * MEGABYTE and written + size < megabytes * MEGABYTE:
+                first, second, category = maker.random.choice(pool)
+                cut = maker.random.randrange(len(second) // 2)
+                if kind == "pretrain":
+                    source = first if maker.random.random() < source_share else ""
+                    record = {"source": source, "target": second[cut:] + first, "category": category}
+                else:
+                    turns = [first[:200], second[cut : cut + 600], first[200:400], second[:300]]
+                    roles = ("human", "assistant", "human", "assistant")
+                    messages = [
+                        {"from": role, "content": text}
+                        for role, text in zip(roles, turns, strict=True)
+                        if text
+                    ]
+                    record = {"messages": messages, "category": category}
+                line = json.dumps(record, ensure_ascii=False) + "\n"
+                size += file.write(line) + sum(2 for c in line[::50] if c > "⺀") * 50
+        written = sum(path.stat().st_size for path in directory.iterdir())
+        number_of_files += 1
+
+
+def make_tokenizer(directory: Path, vocab_size: int) -> None:
+    """A sentencepiece BPE tokenizer with the settings of LLaMA-2's, trained on made-up text."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from make_base_model import make_tokenizer as train
+
+    documents = TextMaker(seed=1).documents()
+    train([next(documents)[1] for _ in range(4000)], directory, vocab_size)
+
+
+def read_texts(directory: Path, kind: str, megabytes: int) -> list[str]:
+    """The texts that preparation encodes, of at most `megabytes` of input."""
+    texts, size = [], 0
+    for path in sorted(directory.glob("*.jsonl")):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                record = json.loads(line)
+                if kind == "pretrain":
+                    texts.append(record["source"] + record["target"])
+                else:
+                    texts += [message["content"] for message in record["messages"]]
+                size += len(line.encode())
+                if size >= megabytes * MEGABYTE:
+                    return texts
+    return texts
+
+
+def measure_bare_tokenizer(tokenizer_dir: Path, texts: list[str], num_threads: int) -> tuple[float, int]:
+    """(seconds, tokens) of the Rust tokenizer on texts in memory, in batches of 1,024, ids taken as lists."""
+    code = (
+        "import json, sys, time\n"
+        "from transformers import AutoTokenizer\n"
+        "backend = AutoTokenizer.from_pretrained(sys.argv[1]).backend_tokenizer\n"
+        "texts = json.load(open(sys.argv[2]))\n"
+        "backend.encode_batch_fast(texts[:1024], add_special_tokens=False)\n"
+        "started, tokens = time.perf_counter(), 0\n"
+        "for i in range(0, len(texts), 1024):\n"
+        "    batch = backend.encode_batch_fast(texts[i:i + 1024], add_special_tokens=False)\n"
+        "    tokens += sum(len(e.ids) for e in batch)\n"
+        "print(time.perf_counter() - started, tokens)\n"
+    )
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(texts, file)
+        file.flush()
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(num_threads)}
+        output = subprocess.run(
+            [sys.executable, "-c", code, str(tokenizer_dir), file.name],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        ).stdout
+    seconds, tokens = output.split()
+    return float(seconds), int(tokens)
+
+
+def run_script(script: str, arguments: list[str]) -> Run:
+    """Runs a prepare script to its end, watching time and memory."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    run = Run(0.0, 0, 0, 0)
+    watcher = threading.Thread(target=_watch_memory, args=(process, run))
+    watcher.start()
+    _, errors = process.communicate()
+    run.seconds = time.perf_counter() - started
+    watcher.join()
+    if process.returncode:
+        raise RuntimeError(f"{script} failed:\n{errors}")
+    return run
+
+
+def _watch_memory(process: subprocess.Popen, run: Run) -> None:
+    while process.poll() is None:
+        total = 0
+        for process_id in [process.pid, *_children(process.pid)]:
+            resident, proportional = _read_memory(process_id)
+            total += proportional
+            if process_id == process.pid:
+                run.peak_main = max(run.peak_main, resident)
+            else:
+                run.peak_worker = max(run.peak_worker, resident)
+        run.peak_all = max(run.peak_all, total)
+        time.sleep(0.1)
+
+
+def _children(process_id: int) -> list[int]:
+    try:
+        names = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
+    except OSError:
+        return []
+    return [int(name) for name in names]
+
+
+def _read_memory(process_id: int) -> tuple[int, int]:
+    """(resident, proportional) set size in bytes; zeros when the process has gone."""
+    try:
+        lines = Path(f"/proc/{process_id}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    sizes = {line.split(":")[0]: line.split()[1] for line in lines[1:] if ":" in line}
+    return int(sizes.get("Rss", 0)) * 1024, int(sizes.get("Pss", 0)) * 1024
+
+
+def prepare(
+    kind: str, data_dir: Path, tokenizer_dir: Path, args: Namespace, output: Path
+) -> tuple[Run, dict]:
+    """One end-to-end run; returns what was measured, and the run's stats.json."""
+    shutil.rmtree(output, ignore_errors=True)
+    arguments = ["--data_input_dirs", str(data_dir), "--tokenizer_dir", str(tokenizer_dir)]
+    arguments += ["--data_output_dirs", str(output), "--max_length", str(args.max_length)]
+    arguments += ["--num_workers", str(args.num_workers)]
+    if kind == "sft":
+        arguments += ["--llama_version", _find_version(tokenizer_dir)]
+    run = run_script(f"prepare_{kind}_dataset.py", arguments)
+    stats = json.loads((output / "stats.json").read_text())
+    shutil.rmtree(output)
+    return run, stats
+
+
+def _find_version(tokenizer_dir: Path) -> str:
+    from transformers import AutoTokenizer
+
+    from colossal_llama.dataset.conversation import find_llama_version
+
+    return str(find_llama_version(AutoTokenizer.from_pretrained(tokenizer_dir)))
+
+
+def benchmark(args: Namespace, work_dir: Path) -> None:
+    import tokenizers
+
+    log(
+        f"Python {platform.python_version()}, tokenizers {tokenizers.__version__}, "
+        f"{args.num_workers} workers, {args.size_mb} MB, rows of {args.max_length} tokens"
+    )
+    tokenizer_dir = args.tokenizer_dir or work_dir / "tokenizer"
+    if not tokenizer_dir.exists():
+        make_tokenizer(tokenizer_dir, args.vocab_size)
+    speed, memory = [], []
+    for kind in ("pretrain", "sft"):
+        data_dir = work_dir / f"{kind}-{args.size_mb}mb"
+        if not data_dir.exists():
+            make_corpus(data_dir, kind, args.size_mb, args.source_share)
+        texts = read_texts(data_dir, kind, args.size_mb)
+        bare = min(
+            measure_bare_tokenizer(tokenizer_dir, texts, args.num_workers) for _ in range(args.repeats)
+        )
+        del texts
+        runs = [prepare(kind, data_dir, tokenizer_dir, args, work_dir / "out") for _ in range(args.repeats)]
+        run, stats = min(runs, key=lambda item: item[0].seconds)
+        # Tokens of the texts alone on both sides: what the SFT template adds is not counted as work done.
+        bare_speed, our_speed = bare[1] / bare[0], bare[1] / run.seconds
+        fill = stats["rows"]["fill_without_last_rows"]
+        figures = [f"{bare_speed:,.0f}", f"{our_speed:,.0f}", our_speed / bare_speed, f"{100 * fill:.2f} %"]
+        speed.append([kind, bare[1], *figures])
+        memory.append(_memory_line(f"{kind} {args.size_mb} MB", run))
+        sizes = [10] * args.memory + [1000] * (args.large and kind == "pretrain")
+        for size in sizes:
+            sized_dir = work_dir / f"{kind}-{size}mb"
+            if not sized_dir.exists():
+                make_corpus(sized_dir, kind, size, args.source_share)
+            run, _ = prepare(kind, sized_dir, tokenizer_dir, args, work_dir / "out")
+            memory.append(_memory_line(f"{kind} {size} MB", run))
+    log(format_table(["", "tokens", "bare tokens/s", "ours, end to end", "ratio", "fill"], speed))
+    log("")
+    log(format_table(["peak memory, MB", "main", "largest worker", "all together", "seconds"], memory))
+
+
+def _memory_line(name: str, run: Run) -> list:
+    sizes = [size // MEGABYTE for size in (run.peak_main, run.peak_worker, run.peak_all)]
+    return [name, *sizes, round(run.seconds, 1)]
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.work_dir is not None:
+        args.work_dir.mkdir(parents=True, exist_ok=True)
+        benchmark(args, args.work_dir)
+        return
+    with tempfile.TemporaryDirectory() as work_dir:
+        benchmark(args, Path(work_dir))
+
+
+if __name__ == "__main__":
+    run_command(main)
