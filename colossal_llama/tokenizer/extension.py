@@ -78,7 +78,9 @@ class VocabularyExtension:
         }
 
 
-def missing_characters(pieces: Iterable[str], vocabulary: Mapping[str, int], added: Iterable[str]) -> list[str]:
+def missing_characters(
+    pieces: Iterable[str], vocabulary: Mapping[str, int], added: Iterable[str]
+) -> list[str]:
     """Characters of `pieces` that are neither in the vocabulary nor among the added pieces, in order of appearance."""
     known = set(added)
     missing: dict[str, None] = {}

@@ -67,7 +67,9 @@ def read_pieces(path: Path, space: str, reserved: Iterable[str], torn: Iterable[
             if found := reserved_pattern.search(piece):
                 reason = f"piece {piece!r} contains the tokenizer's own token {found.group()!r}"
             elif found := torn_pattern.search(piece):
-                reason = f"piece {piece!r} contains {found.group()!r}, which transformers' slow tokenizer tears"
+                reason = (
+                    f"piece {piece!r} contains {found.group()!r}, which transformers' slow tokenizer tears"
+                )
         if reason is not None:
             problems.append(f"{path}:{number}: {reason}")
             continue
@@ -79,7 +81,9 @@ def read_pieces(path: Path, space: str, reserved: Iterable[str], torn: Iterable[
     if problems:
         raise UserError(cap_problems(problems, "invalid lines"))
     if not listed.line_of:
-        raise UserError(f'--expand_tokens_file {path}: no pieces in it; each line holds {{"piece": "人工智能"}}')
+        raise UserError(
+            f'--expand_tokens_file {path}: no pieces in it; each line holds {{"piece": "人工智能"}}'
+        )
     return listed
 
 

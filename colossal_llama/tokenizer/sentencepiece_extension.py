@@ -98,7 +98,9 @@ class SentencePieceSource:
             problems.append(f"{path}: it does not write spaces as a leading {SPACE_SYMBOL}, as LLaMA's does")
         unused = sum(piece.type == UNUSED for piece in self.proto.pieces)
         if unused:
-            problems.append(f"{path}: {unused:,} pieces of type UNUSED, which a fast tokenizer cannot express")
+            problems.append(
+                f"{path}: {unused:,} pieces of type UNUSED, which a fast tokenizer cannot express"
+            )
         tokenizer_class = self.files.config.get("tokenizer_class")
         if tokenizer_class not in SUPPORTED_CLASSES:
             problems.append(
@@ -212,7 +214,12 @@ def _notes(source: SentencePieceSource) -> list[str]:
             "fast tokenizers split them differently"
         )
     fast = source.files.fast
-    if fast and not source.legacy and not fast["normalizer"] and source.files.config.get("add_prefix_space", True):
+    if (
+        fast
+        and not source.legacy
+        and not fast["normalizer"]
+        and source.files.config.get("add_prefix_space", True)
+    ):
         notes.append(
             f"{FAST_FILE} of the source leaves out the space that {SENTENCEPIECE_FILE} puts before a text that starts "
             "with a space; it is kept as it is"
@@ -359,7 +366,10 @@ def _post_processor(source: SentencePieceSource) -> dict[str, Any] | None:
     from tokenizers import processors
 
     config = source.files.config
-    vocabulary = {**source.vocabulary, **{t: len(source.vocabulary) + i for i, t in enumerate(source.outside)}}
+    vocabulary = {
+        **source.vocabulary,
+        **{t: len(source.vocabulary) + i for i, t in enumerate(source.outside)},
+    }
     bos = source.files.special_token("bos_token", "<s>") if config.get("add_bos_token", True) else None
     eos = source.files.special_token("eos_token", "</s>") if config.get("add_eos_token", False) else None
     for name, token in (("bos_token", bos), ("eos_token", eos)):

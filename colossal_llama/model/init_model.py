@@ -1,0 +1,199 @@
+"""Extends a LLaMA's embeddings to an extended tokenizer: each new row is the mean of its sub-tokens' rows.
+
+All other weights are copied unchanged. The target directory holds a complete model with its tokenizer and may be the
+tokenizer's directory, never the source's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from colossal_llama.utils.arguments import ArgumentParser, existing_directory, positive_int
+from colossal_llama.utils.console import format_table, log, progress_bar
+from colossal_llama.utils.errors import UserError, run_command
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="init_model.py", description=__doc__)
+    parser.add_argument(
+        "--source_model_and_tokenizer_path",
+        type=existing_directory,
+        required=True,
+        help="base model and its tokenizer in Hugging Face format (safetensors or .bin, sharded or not)",
+    )
+    parser.add_argument(
+        "--target_tokenizer_path",
+        type=existing_directory,
+        required=True,
+        help="extended tokenizer, made by init_tokenizer.py",
+    )
+    parser.add_argument(
+        "--target_model_path",
+        type=Path,
+        required=True,
+        help="where the extended model goes; may be the target tokenizer's directory, never the source",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("source", "bf16", "fp16", "fp32"),
+        default="source",
+        help="dtype of the weights written; source keeps every tensor's own",
+    )
+    parser.add_argument(
+        "--pad_to_multiple_of",
+        type=positive_int,
+        default=1,
+        help="round the number of embedding rows up to a multiple of this; 1 adds no padding",
+    )
+    parser.add_check(_check_directories)
+    return parser
+
+
+def _check_directories(args: argparse.Namespace) -> list[str]:
+    source, target = args.source_model_and_tokenizer_path, args.target_model_path
+    problems = []
+    if not (source / CONFIG_FILE).exists():
+        problems.append(f"--source_model_and_tokenizer_path {source}: no {CONFIG_FILE} in it")
+    if target.exists() and not target.is_dir():
+        problems.append(f"--target_model_path {target}: is not a directory")
+    elif target.exists() and target.samefile(source):
+        problems.append(f"--target_model_path {target}: is the source directory; the source is never changed")
+    return problems
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+
+    from colossal_llama.model.embedding_extension import plan_rows
+    from colossal_llama.model.model_extension import check_embeddings, read_layout
+    from colossal_llama.model.weight_files import find_shards
+    from colossal_llama.tokenizer.subtokens import encode_tokens, token_table
+    from colossal_llama.tokenizer.tokenizer_files import read_tokenizer_files
+    from colossal_llama.utils.files import read_json
+
+    source = args.source_model_and_tokenizer_path
+    config = read_json(source / CONFIG_FILE)
+    source_tokenizer = read_tokenizer_files(source, "--source_model_and_tokenizer_path")
+    target_tokenizer = read_tokenizer_files(args.target_tokenizer_path, "--target_tokenizer_path")
+    layout = read_layout(find_shards(source, "--source_model_and_tokenizer_path"))
+    rows, _ = check_embeddings(layout, bool(config.get("tie_word_embeddings", False)), source)
+    plan = plan_rows(
+        token_table(source_tokenizer),
+        token_table(target_tokenizer),
+        rows,
+        args.pad_to_multiple_of,
+        lambda tokens: encode_tokens(source_tokenizer, tokens),
+    )
+    write_model(args, config, layout, plan)
+    summarise(args, rows, plan)
+
+
+def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, plan: Any) -> None:
+    """Writes shards, then tokenizer and generation config, then index, and `config.json` last of all.
+
+    Without `config.json` nothing loads the directory, so a killed run never looks finished.
+    """
+    from colossal_llama.model.model_extension import (
+        DTYPES,
+        index_of,
+        target_tensor,
+        write_shard,
+    )
+    from colossal_llama.model.weight_files import FLOAT_DTYPES, SAFETENSORS_INDEX, output_name, sum_bytes
+    from colossal_llama.utils.files import sync_directory, write_json
+
+    target = args.target_model_path
+    dtype = DTYPES.get(args.dtype)
+    names = {path: output_name(path) for path in layout.shards}
+    total = sum(
+        sum_bytes(target_tensor(tensor, plan, dtype) for tensor in tensors.values())
+        for tensors in layout.shards.values()
+    )
+    _refuse_other_weights(target, set(names.values()) | ({SAFETENSORS_INDEX} if len(names) > 1 else set()))
+    target.mkdir(parents=True, exist_ok=True)
+    _refuse_full_disk(target, total)
+    (target / CONFIG_FILE).unlink(missing_ok=True)
+
+    written = {}
+    with progress_bar(total=total, unit="B", unit_scale=True, desc="weights") as bar:
+        for path, name in names.items():
+            written[name] = write_shard(path, target / name, plan, dtype, bar.update)
+    _copy_small_files(args)
+    if len(names) > 1:
+        write_json(target / SAFETENSORS_INDEX, index_of(written))
+    config = {**config, "vocab_size": plan.num_rows}
+    if dtype is not None:
+        config["torch_dtype"] = FLOAT_DTYPES[dtype]
+    sync_directory(target)
+    write_json(target / CONFIG_FILE, config)
+
+
+def _refuse_other_weights(target: Path, expected: set[str]) -> None:
+    """Weights of another model beside the new ones could be loaded in their place."""
+    patterns = (
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "pytorch_model*.bin",
+        "pytorch_model*.index.json",
+    )
+    found = {
+        path.name for pattern in patterns for path in target.glob(pattern) if not path.name.startswith(".")
+    }
+    if others := sorted(found - expected):
+        raise UserError(
+            f"--target_model_path {target}: holds other weights ({', '.join(others[:5])}), which might be loaded "
+            "in place of the new ones; remove them or choose another directory"
+        )
+
+
+def _refuse_full_disk(target: Path, needed: int) -> None:
+    present = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    free = shutil.disk_usage(target).free + present
+    if free < needed:
+        raise UserError(
+            f"--target_model_path {target}: the model needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB "
+            "free; choose another disk or make room"
+        )
+
+
+def _copy_small_files(args: argparse.Namespace) -> None:
+    from colossal_llama.tokenizer.extension import REPORT_FILE
+    from colossal_llama.tokenizer.tokenizer_files import TOKENIZER_FILES
+
+    target = args.target_model_path
+    if not target.samefile(args.target_tokenizer_path):
+        for name in (*TOKENIZER_FILES, REPORT_FILE):
+            (target / name).unlink(missing_ok=True)
+            if (args.target_tokenizer_path / name).exists():
+                shutil.copyfile(args.target_tokenizer_path / name, target / name)
+    generation = args.source_model_and_tokenizer_path / GENERATION_CONFIG_FILE
+    if generation.exists():
+        shutil.copyfile(generation, target / GENERATION_CONFIG_FILE)
+
+
+def summarise(args: argparse.Namespace, source_rows: int, plan: Any) -> None:
+    lengths = [len(ids) for ids in plan.subtokens.values()]
+    table = [
+        ("source rows", source_rows),
+        ("rows kept", plan.count("kept")),
+        ("new rows", plan.count("new")),
+        ("padding rows", plan.count("padding")),
+        ("target rows", plan.num_rows),
+        ("sub-tokens averaged", sum(lengths)),
+    ]
+    if lengths:
+        table.append(("sub-tokens a new row, mean", sum(lengths) / len(lengths)))
+        table.append(("sub-tokens a new row, most", max(lengths)))
+    log(format_table(["embeddings", "count"], table))
+    log("Checked: kept rows equal the source's, new rows are finite and samples of them equal their means")
+    log(f"Model: {args.target_model_path}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,244 @@
+"""Writes a model with extended embeddings: one pass over the source's shards, everything else byte for byte."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from colossal_llama.model.embedding_extension import RowPlan, mean_of_all_rows, mean_rows
+from colossal_llama.model.weight_files import (
+    CHUNK_BYTES,
+    FLOAT_DTYPES,
+    BinShard,
+    SafetensorsShard,
+    TensorInfo,
+    iterate_chunks,
+    open_shard,
+    sum_bytes,
+    torch_dtype,
+    write_header,
+    write_tensor,
+)
+from colossal_llama.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT_HEAD = "lm_head.weight"
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+# Frequencies of the rotary embedding in old checkpoints: never read, and wrong in half precision.
+_ALWAYS_AS_THEY_ARE = ("rotary_emb.inv_freq",)
+_NEW_ROWS_PER_STEP = 2048
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """The source's shards and the tensors in them, read from headers alone.
+
+    Attributes:
+        shards: shard file -> its tensors, in the order of their bytes.
+    """
+
+    shards: Mapping[Path, Mapping[str, TensorInfo]]
+
+    def find(self, name: str) -> TensorInfo | None:
+        return next((tensors[name] for tensors in self.shards.values() if name in tensors), None)
+
+
+def read_layout(shards: list[Path]) -> ModelLayout:
+    """Opens every shard once for the list of its tensors.
+
+    Raises:
+        UserError: a shard is damaged, or two of them hold a tensor of the same name.
+    """
+    found: dict[Path, Mapping[str, TensorInfo]] = {}
+    home: dict[str, Path] = {}
+    for path in shards:
+        shard = open_shard(path)
+        found[path] = shard.tensors
+        shard.close()
+        for name in shard.tensors:
+            if home.setdefault(name, path) != path:
+                raise UserError(f"{path}: tensor {name} is also in {home[name].name}")
+    return ModelLayout(found)
+
+
+def check_embeddings(layout: ModelLayout, tied: bool, directory: Path) -> tuple[int, int]:
+    """(rows, hidden size) of the embeddings, which input and output must share.
+
+    Raises:
+        UserError: they are missing, quantized, or of different shapes.
+    """
+    embedding, head = layout.find(EMBEDDING), layout.find(OUTPUT_HEAD)
+    if embedding is None:
+        raise UserError(f"{directory}: no tensor {EMBEDDING}; only LLaMA models can be extended")
+    if head is None and not tied:
+        raise UserError(
+            f"{directory}: no tensor {OUTPUT_HEAD}, though config.json does not tie the embeddings"
+        )
+    for tensor in (embedding, head):
+        if tensor is not None and (tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) != 2):
+            raise UserError(
+                f"{directory}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}; fp32, fp16 or bf16 matrices "
+                "are needed, so start from the model before quantization"
+            )
+    if head is not None and head.shape != embedding.shape:
+        raise UserError(
+            f"{directory}: {EMBEDDING} is {list(embedding.shape)}, {OUTPUT_HEAD} {list(head.shape)}; they must be alike"
+        )
+    return embedding.shape[0], embedding.shape[1]
+
+
+def target_tensor(tensor: TensorInfo, plan: RowPlan, dtype: str | None) -> TensorInfo:
+    """What `tensor` becomes; `dtype` is a safetensors name, None to keep the source's."""
+    convert = (
+        dtype is not None and tensor.dtype in FLOAT_DTYPES and not tensor.name.endswith(_ALWAYS_AS_THEY_ARE)
+    )
+    shape = (plan.num_rows, tensor.shape[1]) if tensor.name in (EMBEDDING, OUTPUT_HEAD) else tensor.shape
+    return TensorInfo(tensor.name, dtype if convert else tensor.dtype, shape)
+
+
+def write_shard(
+    source: Path,
+    target: Path,
+    plan: RowPlan,
+    dtype: str | None,
+    advance: Callable[[int], Any],
+) -> list[TensorInfo]:
+    """Writes `source`'s tensors to `target` aside, checks the new embeddings, and gives the file its name.
+
+    Args:
+        dtype: safetensors dtype of the floating-point tensors; None keeps each one's own.
+        advance: called with the number of bytes written since the last call.
+
+    Returns:
+        The tensors written.
+    """
+    shard = open_shard(source)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        written = [target_tensor(tensor, plan, dtype) for tensor in shard.tensors.values()]
+        with open(aside, "wb") as output:
+            write_header(written, output)
+            for tensor in written:
+                if tensor.name in (EMBEDDING, OUTPUT_HEAD):
+                    _write_embedding(shard, tensor, plan, output)
+                else:
+                    _write_unchanged(shard, tensor, output)
+                advance(tensor.num_bytes)
+            output.flush()
+            os.fsync(output.fileno())
+        _check_shard(shard, aside, written, plan)
+        os.replace(aside, target)
+    finally:
+        shard.close()
+        aside.unlink(missing_ok=True)
+    return written
+
+
+def _write_unchanged(shard: SafetensorsShard | BinShard, tensor: TensorInfo, output: BinaryIO) -> None:
+    source = shard.tensors[tensor.name]
+    if source.dtype == tensor.dtype:
+        shard.copy(tensor.name, 0, tensor.num_elements, output)
+        return
+    for chunk in iterate_chunks(source):
+        write_tensor(_converted(shard.read(tensor.name, chunk.start, chunk.stop), tensor), output)
+
+
+def _write_embedding(
+    shard: SafetensorsShard | BinShard, tensor: TensorInfo, plan: RowPlan, output: BinaryIO
+) -> None:
+    source_rows, hidden = shard.tensors[tensor.name].shape
+    same_dtype = shard.tensors[tensor.name].dtype == tensor.dtype
+    matrix = shard.read(tensor.name, 0, source_rows * hidden).view(source_rows, hidden)
+    for kind, start, stop in plan.segments:
+        if kind == "kept" and same_dtype:
+            shard.copy(tensor.name, start * hidden, stop * hidden, output)
+            continue
+        for first in range(start, stop, _NEW_ROWS_PER_STEP):
+            last = min(first + _NEW_ROWS_PER_STEP, stop)
+            if kind == "kept":
+                rows = matrix[first:last]
+            elif kind == "new":
+                rows = mean_rows(matrix, [plan.subtokens[row] for row in range(first, last)])
+            else:
+                rows = mean_of_all_rows(matrix, plan.num_source_tokens).expand(last - first, hidden)
+            write_tensor(_converted(rows, tensor), output)
+
+
+def _converted(values: torch.Tensor, tensor: TensorInfo) -> torch.Tensor:
+    """`values` in the tensor's dtype.
+
+    Raises:
+        UserError: a finite value is too large for it.
+    """
+    converted = values.to(torch_dtype(tensor.dtype))
+    if not converted.isfinite().all() and values.isfinite().all():
+        raise UserError(
+            f"{tensor.name}: holds values up to {values.abs().max().item():.6g}, too large for "
+            f"{FLOAT_DTYPES[tensor.dtype]}; choose --dtype bf16 or fp32"
+        )
+    return converted
+
+
+def _check_shard(
+    shard: SafetensorsShard | BinShard, path: Path, expected: list[TensorInfo], plan: RowPlan
+) -> None:
+    """Reads the file back: tensors and shapes as planned, kept rows equal to the source's, new rows their means."""
+    result = SafetensorsShard(path)
+    try:
+        if list(result.tensors.values()) != expected:
+            raise RuntimeError(f"{path}: the tensors read back are not those written; is the disk sound?")
+        for tensor in expected:
+            if tensor.name in (EMBEDDING, OUTPUT_HEAD):
+                _check_embedding(shard, result, tensor, plan)
+    finally:
+        result.close()
+
+
+def _check_embedding(
+    shard: SafetensorsShard | BinShard, result: SafetensorsShard, tensor: TensorInfo, plan: RowPlan
+) -> None:
+    source_rows, hidden = shard.tensors[tensor.name].shape
+    matrix = shard.read(tensor.name, 0, source_rows * hidden).view(source_rows, hidden)
+    rows_per_step = max(1, CHUNK_BYTES // (4 * hidden))
+    for kind, start, stop in plan.segments:
+        for first in range(start, stop, rows_per_step):
+            last = min(first + rows_per_step, stop)
+            rows = result.read(tensor.name, first * hidden, last * hidden).view(last - first, hidden)
+            if kind == "kept":
+                right = bool((rows == matrix[first:last].to(rows.dtype)).all())
+            else:
+                right = bool(rows.isfinite().all())
+            if right and kind == "new":
+                # A few of each step by another way: one row at a time, in float64.
+                for row in {first, (first + last) // 2, last - 1}:
+                    mean = matrix[list(plan.subtokens[row])].double().mean(0)
+                    right = right and _close(rows[row - first], mean)
+            if not right:
+                raise UserError(
+                    f"{tensor.name}: rows {first:,} to {last - 1:,} are not what they should be; "
+                    "either the source holds values that are not finite, or the disk is not sound"
+                )
+
+
+def _close(row: torch.Tensor, mean: torch.Tensor) -> bool:
+    """Whether `row` is `mean` within its own dtype's rounding and fp32's summation."""
+    import torch
+
+    step = torch.finfo(row.dtype).eps
+    return torch.allclose(
+        row.double(), mean, rtol=step, atol=1e-6 * mean.abs().max().item() + torch.finfo(row.dtype).tiny
+    )
+
+
+def index_of(shards: Mapping[str, list[TensorInfo]]) -> dict[str, Any]:
+    """The content of `model.safetensors.index.json` for shard name -> tensors."""
+    weight_map = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
+    total = sum(sum_bytes(tensors) for tensors in shards.values())
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
