@@ -28,7 +28,7 @@ from colossal_llama.utils.console import format_table, log
 from colossal_llama.utils.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-SYLLABLES = ["ba", "be", "bi", "bo", "da", "de", "di", "do", "fa", "fe", "ga", "go", "ha", "he", "in", "is", "ka", "ki", "la", "le", "lo", "ma", "me", "mi", "na", "ne", "no", "or", "pa", "po", "ra", "re"]
+SYLLABLES = [consonant + vowel for consonant in "bdfghklmnprst" for vowel in "aeio"]
 ENDINGS = ["", "", "n", "s", "t", "r", "ing", "ed", "ly", "tion"]
 MEGABYTE = 1 << 20
 

@@ -21,6 +21,7 @@ UTF8_BOM = b"\xef\xbb\xbf"
 MIN_SHARD_BYTES = 2 << 20
 MAX_SHARDS = 16384
 READ_BUFFER_BYTES = 1 << 20
+ZSTD_CHUNK_BYTES = 1 << 16  # may unpack to a thousand times as much
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,6 @@ def read_lines(shard: Shard) -> Iterator[bytes]:
                     yield line.removeprefix(UTF8_BOM) if number == 0 else line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{shard.path}: damaged file: {error}; compress it again") from None
-    except Exception as error:
-        zstandard = _import_zstandard()
-        if zstandard is not None and isinstance(error, zstandard.ZstdError):
-            raise UserError(f"{shard.path}: damaged file: {error}; compress it again") from None
-        raise
     now = Path(shard.path).stat()
     if (now.st_size, now.st_mtime_ns) != (shard.size, shard.mtime_ns):
         raise UserError(f"{shard.path}: changed while it was read; run the command again")
@@ -179,11 +175,48 @@ def _open(shard: Shard) -> Iterator[Any]:
             with gzip.open(file) as unpacked:
                 yield io.BufferedReader(unpacked, READ_BUFFER_BYTES)
         elif shard.path.endswith(".zst"):
-            reader = _import_zstandard().ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            with reader:
-                yield io.BufferedReader(reader, READ_BUFFER_BYTES)
+            yield io.BufferedReader(_ZstdFile(file), READ_BUFFER_BYTES)
         else:
             yield file
+
+
+class _ZstdFile(io.RawIOBase):
+    """Unpacks a `.zst` file of one or more frames; `EOFError` when it ends inside one.
+
+    (The library's own reader takes the end of a truncated file for the end of the data.)
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.zstandard = _import_zstandard()
+        self.frame: Any = None  # the frame that is being unpacked, None between two
+        self.packed = b""
+        self.unpacked = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.unpacked:
+            if not self.packed:
+                self.packed = self.file.read(ZSTD_CHUNK_BYTES)
+                if not self.packed:
+                    if self.frame is not None:
+                        raise EOFError("it ends in the middle of a frame")
+                    return 0
+            if self.frame is None:
+                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self.unpacked = memoryview(self.frame.decompress(self.packed))
+            except self.zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+            self.packed = self.frame.unused_data if self.frame.eof else b""
+            if self.frame.eof:
+                self.frame = None
+        size = min(len(buffer), len(self.unpacked))
+        buffer[:size] = self.unpacked[:size]
+        self.unpacked = self.unpacked[size:]
+        return size
 
 
 def _import_zstandard() -> Any:

@@ -1,0 +1,142 @@
+"""Reading input: every line once, whatever the shards, and numbers that lead to the right line."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colossal_llama.dataset import jsonl
+from colossal_llama.dataset.jsonl import BadRecord, Shard
+from colossal_llama.utils.errors import UserError
+
+zstandard = pytest.importorskip("zstandard")
+
+
+def shards_of(path: Path, step: int) -> list[Shard]:
+    stat = path.stat()
+    return [
+        Shard(str(path), 0, start, min(start + step, stat.st_size), stat.st_size, stat.st_mtime_ns)
+        for start in range(0, stat.st_size, step)
+    ]
+
+
+@given(
+    st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b" "))), st.integers(1, 30), st.booleans()
+)
+def test_every_line_once_in_order(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], step: int, final_newline: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"lines-{os.getpid()}.jsonl"
+    content = b"\n".join(lines) + (b"\n" if final_newline else b"")
+    path.write_bytes(content)
+    read = [line for shard in shards_of(path, step) for line in jsonl.read_lines(shard)]
+    assert b"".join(read) == content.removeprefix(jsonl.UTF8_BOM)
+    assert all(line.count(b"\n") <= 1 for line in read)
+
+
+def test_shards_depend_on_the_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MIN_SHARD_BYTES", 100)
+    (tmp_path / "b.jsonl").write_bytes(b"x" * 250)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(os.urandom(500)))
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "notes.txt").write_text("no input")
+    files = jsonl.find_input_files([tmp_path])
+    assert [path.name for path in files[0]] == ["a.jsonl.gz", "b.jsonl", "empty.jsonl"]
+    shards = jsonl.make_shards(files)
+    assert [(Path(s.path).name, s.start) for s in shards] == [
+        ("a.jsonl.gz", 0),
+        ("b.jsonl", 0),
+        ("b.jsonl", 100),
+        ("b.jsonl", 200),
+        ("empty.jsonl", 0),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_compressed_files_and_byte_order_mark(tmp_path: Path, suffix: str) -> None:
+    content = jsonl.UTF8_BOM + b'{"a": 1}\r\n\r\n' + b'{"a": "' + b"x" * 3_000_000 + b'"}'
+    zstd = zstandard.ZstdCompressor()
+    packed = {
+        ".jsonl": content,
+        ".jsonl.gz": gzip.compress(content[:5]) + gzip.compress(content[5:]),
+        ".jsonl.zst": zstd.compress(content[:5]) + zstd.compress(content[5:]),
+    }
+    (tmp_path / f"x{suffix}").write_bytes(packed[suffix])
+    shards = jsonl.make_shards(jsonl.find_input_files([tmp_path]))
+    lines = [line for shard in shards for line in jsonl.read_lines(shard)]
+    assert b"".join(lines) == content[3:]
+    assert jsonl.parse_object(lines[0]) == {"a": 1}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_damaged_compressed_files_are_an_error(tmp_path: Path, suffix: str, damage: str) -> None:
+    content = b"".join(b'{"n": %d}\n' % n for n in range(50_000))
+    packed = gzip.compress(content) if suffix.endswith("gz") else zstandard.ZstdCompressor().compress(content)
+    packed = packed[: len(packed) // 2] if damage == "cut" else b"garbage" + packed
+    (tmp_path / f"x{suffix}").write_bytes(packed)
+    (shard,) = jsonl.make_shards(jsonl.find_input_files([tmp_path]))
+    with pytest.raises(UserError, match=r"x\.jsonl\.\w+: damaged file"):
+        list(jsonl.read_lines(shard))
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"1\n2\n")
+    (shard,) = jsonl.make_shards(jsonl.find_input_files([tmp_path]))
+    path.write_bytes(b"1\n2\n3\n")
+    with pytest.raises(UserError, match=r"x\.jsonl: changed"):
+        list(jsonl.read_lines(shard))
+
+
+def test_directories_without_input_and_given_twice(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        jsonl.find_input_files([tmp_path / "empty", tmp_path / "empty"])
+    assert len(caught.value.problems) == 3
+    assert "holds no *.jsonl" in caught.value.problems[0]
+    assert "given twice" in caught.value.problems[1]
+
+
+def test_zst_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.jsonl.zst").touch()
+    monkeypatch.setattr(jsonl, "_import_zstandard", lambda: None)
+    with pytest.raises(UserError, match="pip install zstandard"):
+        jsonl.find_input_files([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "message"),
+    [
+        (b'{"a": 1', "not valid JSON", "not valid JSON"),
+        (b'{"a": NaN}', "not valid JSON", "not valid JSON"),
+        (b'{"a": "\\ud800"}', "not valid JSON", "not valid JSON"),
+        (b'{"a": "\xff"}', "not UTF-8", "byte 7"),
+        (b"[1]", "not a JSON object", "an array"),
+        (b"null", "not a JSON object", "null"),
+    ],
+)
+def test_lines_that_hold_no_object(line: bytes, kind: str, message: str) -> None:
+    with pytest.raises(BadRecord, match=message) as caught:
+        jsonl.parse_object(line)
+    assert caught.value.kind == kind
+
+
+def test_fields() -> None:
+    assert jsonl.take_string({"a": ""}, "a") == ""
+    with pytest.raises(BadRecord, match=r"'b' is missing \(compulsory; found 'a'\)"):
+        jsonl.take_string({"a": ""}, "b")
+    for value, what in (
+        (None, "null"),
+        (1, "a number"),
+        (True, "a boolean"),
+        ([], "an array"),
+        ({}, "an object"),
+    ):
+        with pytest.raises(BadRecord, match=f"'a' is {what}, not a string"):
+            jsonl.take_string({"a": value}, "a")
