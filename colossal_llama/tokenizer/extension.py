@@ -1,4 +1,4 @@
-"""What extending a vocabulary did: the files to write, the counts and lists to report. Common to both kinds."""
+"""What extending a vocabulary did, with the counts and lists to report. Common to both kinds of source."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ class VocabularyExtension:
         intermediates: pieces added only so that others can be produced.
         unreachable: added pieces that no running text yields -> the parts that stay apart.
         dropped: listed pieces left out because no running text would yield them -> the parts.
-        files: file name -> content of the new vocabulary files.
         notes: facts about this source that the user should know.
     """
 
@@ -40,7 +39,6 @@ class VocabularyExtension:
     intermediates: list[str] = field(default_factory=list)
     unreachable: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -61,27 +61,24 @@ def _check_directories(args: argparse.Namespace) -> list[str]:
     return []
 
 
-def extend(args: argparse.Namespace) -> VocabularyExtension:
-    """Reads the source and the pieces, and works out the extended tokenizer."""
-    from colossal_llama.tokenizer.pieces_file import SPACE_SYMBOL, read_pieces
-    from colossal_llama.tokenizer.tokenizer_files import read_tokenizer_files
+def extend(args: argparse.Namespace) -> tuple[VocabularyExtension, dict[str, bytes]]:
+    """Reads the source and the pieces; returns the extension and its vocabulary files (name -> content)."""
+    from colossal_llama.tokenizer.pieces_file import read_pieces
+    from colossal_llama.tokenizer.source import open_source
 
-    files = read_tokenizer_files(args.source_tokenizer_dir, "--source_tokenizer_dir")
-    if files.is_sentencepiece:
-        from colossal_llama.tokenizer.sentencepiece_extension import SentencePieceSource, extend_sentencepiece
-
-        source = SentencePieceSource(files)
-        listed = read_pieces(args.expand_tokens_file, SPACE_SYMBOL, source.reserved, source.torn)
-        return extend_sentencepiece(source, listed, args.unreachable)
-
-    from colossal_llama.tokenizer.byte_level_extension import ByteLevelSource, extend_byte_level
-
-    byte_source = ByteLevelSource(files)
-    listed = read_pieces(args.expand_tokens_file, " ", byte_source.reserved)
-    return extend_byte_level(byte_source, listed, args.unreachable)
+    source = open_source(args.source_tokenizer_dir, "--source_tokenizer_dir")
+    extension = source.extend(read_pieces(args.expand_tokens_file, source.rules), args.unreachable)
+    if not extension.added:
+        raise UserError(
+            f"{args.expand_tokens_file}: nothing to add: {len(extension.present):,} pieces are in the source "
+            f"already, {len(extension.dropped):,} can never be produced"
+        )
+    return extension, source.vocabulary_files(extension)
 
 
-def write_tokenizer(args: argparse.Namespace, extension: VocabularyExtension) -> None:
+def write_tokenizer(
+    args: argparse.Namespace, extension: VocabularyExtension, vocabulary_files: dict[str, bytes]
+) -> None:
     """Writes settings (the source's, byte for byte), report and vocabulary files, these last."""
     import orjson
 
@@ -92,7 +89,7 @@ def write_tokenizer(args: argparse.Namespace, extension: VocabularyExtension) ->
     contents = {name: (source / name).read_bytes() for name in SETTINGS_FILES if (source / name).exists()}
     report = extension.report(args.unreachable)
     contents[REPORT_FILE] = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-    contents |= extension.files
+    contents |= vocabulary_files
     place_files(args.target_tokenizer_dir, contents, owned=[REPORT_FILE, *TOKENIZER_FILES])
 
 
@@ -115,13 +112,8 @@ def summarise(args: argparse.Namespace, extension: VocabularyExtension) -> None:
 
 def main() -> None:
     args = build_parser().parse_args()
-    extension = extend(args)
-    if not extension.added:
-        raise UserError(
-            f"{args.expand_tokens_file}: nothing to add: {len(extension.present):,} pieces are in the source already"
-            f", {len(extension.dropped):,} can never be produced"
-        )
-    write_tokenizer(args, extension)
+    extension, vocabulary_files = extend(args)
+    write_tokenizer(args, extension, vocabulary_files)
     summarise(args, extension)
 
 

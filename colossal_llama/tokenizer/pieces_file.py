@@ -20,8 +20,7 @@ class ListedPieces:
     """The valid content of a pieces file.
 
     Attributes:
-        line_of: piece -> line of its first appearance (1-based), in file order. Spaces are kept as the file has
-            them or as `▁`, whichever the reader was asked for.
+        line_of: piece -> line of its first appearance (1-based), in file order.
         num_lines: lines that hold a piece, duplicates counted.
         duplicates: pieces that came again, one entry for each further appearance.
     """
@@ -32,44 +31,62 @@ class ListedPieces:
     duplicates: list[str] = field(default_factory=list)
 
 
-def read_pieces(path: Path, space: str, reserved: Iterable[str], torn: Iterable[str] = ()) -> ListedPieces:
-    """Reads `path`; blank lines are passed over.
+class PieceRules:
+    """What a string must be to become a piece of one tokenizer.
 
     Args:
         space: the character that stands for a space in this tokenizer's pieces: `▁` for sentencepiece, a plain
-            space for byte-level BPE. Both spellings in the file are converted to it.
-        reserved: special, added and byte tokens. A text is cut at such a string before pieces are looked for, so
-            a piece that contains one is an error.
-        torn: strings that the tokenizer's own code tears apart; a piece that contains one is an error.
+            space for byte-level BPE. Both spellings are converted to it.
+        reserved: special, added and byte tokens. A text is cut at such a string before pieces are looked for,
+            so a piece that contains one is refused.
+        torn: strings that the tokenizer's own code tears apart; a piece that contains one is refused.
+    """
+
+    def __init__(self, space: str, reserved: Iterable[str], torn: Iterable[str] = ()) -> None:
+        self._space = space
+        self._reserved = _any_of(reserved)
+        self._torn = _any_of(torn)
+
+    def spell(self, piece: str) -> str:
+        """The piece as the tokenizer writes it."""
+        return piece.replace(SPACE_SYMBOL, " ").replace(" ", self._space)
+
+    def objection(self, piece: str) -> str | None:
+        """Why this string, as `spell` returns it, can't be a piece; None when it can."""
+        if not piece:
+            return "empty piece"
+        if not piece.replace(SPACE_SYMBOL, " ").strip():
+            return f"piece {piece!r} is only white space"
+        for character in piece:
+            category = unicodedata.category(character)
+            if category == "Cc":
+                return f"piece {piece!r} holds the control character U+{ord(character):04X}"
+            if category == "Cs":
+                return f"piece {piece!r} holds half of a surrogate pair, U+{ord(character):04X}"
+        if found := self._reserved.search(piece):
+            return f"piece {piece!r} contains the tokenizer's own token {found.group()!r}"
+        if found := self._torn.search(piece):
+            return (
+                f"piece {piece!r} contains {found.group()!r}, which transformers' slow tokenizer tears apart"
+            )
+        return None
+
+
+def read_pieces(path: Path, rules: PieceRules) -> ListedPieces:
+    """Reads `path`; blank lines are passed over.
 
     Raises:
         UserError: naming every invalid line (the first 20, then their number).
     """
     listed = ListedPieces(path)
-    reserved_pattern = _any_of(reserved)
-    torn_pattern = _any_of(torn)
     problems = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"--expand_tokens_file {path}: {error.strerror}") from None
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, raw in enumerate(lines, start=1):
-        if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
         if not raw.strip():
             continue
-        piece, reason = _parse_line(raw)
-        if reason is None:
-            piece = piece.replace(SPACE_SYMBOL, " ")
-            reason = _objection(piece)
-        if reason is None:
-            piece = piece.replace(" ", space)
-            if found := reserved_pattern.search(piece):
-                reason = f"piece {piece!r} contains the tokenizer's own token {found.group()!r}"
-            elif found := torn_pattern.search(piece):
-                reason = (
-                    f"piece {piece!r} contains {found.group()!r}, which transformers' slow tokenizer tears"
-                )
+        text, reason = _parse_line(raw)
+        piece = rules.spell(text)
+        reason = reason or rules.objection(piece)
         if reason is not None:
             problems.append(f"{path}:{number}: {reason}")
             continue
@@ -109,20 +126,6 @@ def _parse_line(raw: bytes) -> tuple[str, str | None]:
     if not isinstance(piece, str):
         return "", f'"piece" is {json.dumps(piece, ensure_ascii=False)[:40]}, not a string'
     return piece, None
-
-
-def _objection(piece: str) -> str | None:
-    if not piece:
-        return "empty piece"
-    if not piece.strip():
-        return f"piece {piece!r} is only white space"
-    for character in piece:
-        category = unicodedata.category(character)
-        if category == "Cc":
-            return f"piece {piece!r} holds the control character U+{ord(character):04X}"
-        if category == "Cs":
-            return f"piece {piece!r} holds half of a surrogate pair, U+{ord(character):04X}"
-    return None
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:

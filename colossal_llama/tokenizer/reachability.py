@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
+from itertools import pairwise
 
 Symbols = Sequence[str]
 
@@ -92,7 +93,7 @@ def plan_intermediates(
     scores = dict(scores)
     intermediates = _join_until_reachable(unreachable, scores, next_score, forbidden)
     helped = [piece for piece in unreachable if len(last_parts(symbols_of(piece), scores)) <= 2]
-    return _without_superfluous(intermediates, helped, symbols_of, scores)
+    return without_superfluous(intermediates, helped, symbols_of, scores)
 
 
 def _join_until_reachable(
@@ -109,7 +110,7 @@ def _join_until_reachable(
 
     def register(piece: str) -> None:
         parts = stuck[piece]
-        for left, right in zip(parts, parts[1:], strict=False):
+        for left, right in pairwise(parts):
             joined = left + right
             if joined in forbidden:
                 continue
@@ -118,7 +119,7 @@ def _join_until_reachable(
 
     def unregister(piece: str) -> None:
         parts = stuck[piece]
-        for left, right in zip(parts, parts[1:], strict=False):
+        for left, right in pairwise(parts):
             users[left + right].discard(piece)
 
     for piece in stuck:
@@ -147,7 +148,7 @@ def _join_until_reachable(
     return intermediates
 
 
-def _without_superfluous(
+def without_superfluous(
     intermediates: list[str],
     required: Iterable[str],
     symbols_of: Callable[[str], Symbols],

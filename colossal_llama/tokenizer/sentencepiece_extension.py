@@ -16,7 +16,7 @@ from colossal_llama.tokenizer.extension import (
     missing_characters,
     raise_unreachable,
 )
-from colossal_llama.tokenizer.pieces_file import SPACE_SYMBOL, ListedPieces
+from colossal_llama.tokenizer.pieces_file import SPACE_SYMBOL, ListedPieces, PieceRules
 from colossal_llama.tokenizer.reachability import plan_intermediates, unreachable_pieces
 from colossal_llama.tokenizer.tokenizer_files import (
     CONFIG_FILE,
@@ -63,19 +63,28 @@ class SentencePieceSource:
         return len(self.proto.pieces) + len(self.outside)
 
     @property
-    def torn(self) -> tuple[str, ...]:
-        """Strings that transformers' slow tokenizer tears apart.
+    def rules(self) -> PieceRules:
+        """What can be a new piece.
 
-        With `legacy` off it encodes "<unk>" + text and cuts off the tokens of "<unk>"; a piece that reaches from
-        one into the other would lose text.
+        With `legacy` off, transformers' slow tokenizer encodes "<unk>" + text and cuts off the tokens of "<unk>": a
+        piece that reaches from one into the other would lose text.
         """
-        return () if self.legacy else (self.files.special_token("unk_token", "<unk>")[-1:] + SPACE_SYMBOL,)
+        torn = () if self.legacy else (self.files.special_token("unk_token", "<unk>")[-1:] + SPACE_SYMBOL,)
+        return PieceRules(SPACE_SYMBOL, self.reserved, torn)
 
     @property
     def legacy(self) -> bool:
         """transformers' `legacy`: on when the configuration does not say."""
         legacy = self.files.config.get("legacy")
         return True if legacy is None else bool(legacy)
+
+    def extend(self, listed: ListedPieces, unreachable_mode: str) -> VocabularyExtension:
+        """See `extend_sentencepiece`."""
+        return extend_sentencepiece(self, listed, unreachable_mode)
+
+    def vocabulary_files(self, extension: VocabularyExtension) -> dict[str, bytes]:
+        """See `sentencepiece_files`."""
+        return sentencepiece_files(self, extension)
 
     def _refuse_unsuitable(self) -> None:
         path = self.files.directory / SENTENCEPIECE_FILE
@@ -131,7 +140,7 @@ class SentencePieceSource:
 def extend_sentencepiece(
     source: SentencePieceSource, listed: ListedPieces, unreachable_mode: str
 ) -> VocabularyExtension:
-    """Works out the new vocabulary and its two vocabulary files.
+    """Works out the new vocabulary.
 
     New ids follow the source's last: listed pieces in file order, then missing characters, then intermediates.
 
@@ -166,13 +175,14 @@ def extend_sentencepiece(
         _append_scores(scores, extension.intermediates, min(scores.values()))
     elif unreachable_mode == "report":
         extension.unreachable = unreachable
-    new_pieces = [*extension.added, *extension.characters, *extension.intermediates]
-    proto = _extended_proto(source, [(piece, scores[piece]) for piece in new_pieces])
-    extension.files = {
-        SENTENCEPIECE_FILE: proto.SerializeToString(),
-        FAST_FILE: _fast_tokenizer(source, proto),
-    }
     return extension
+
+
+def sentencepiece_files(source: SentencePieceSource, extension: VocabularyExtension) -> dict[str, bytes]:
+    """The two vocabulary files of the extended tokenizer: file name -> content."""
+    new_pieces = [*extension.added, *extension.characters, *extension.intermediates]
+    proto = _extended_proto(source, new_pieces)
+    return {SENTENCEPIECE_FILE: proto.SerializeToString(), FAST_FILE: _fast_tokenizer(source, proto)}
 
 
 def next_lower_score(score: float) -> float:
@@ -232,13 +242,15 @@ def _notes(source: SentencePieceSource) -> list[str]:
     return notes
 
 
-def _extended_proto(source: SentencePieceSource, new_pieces: list[tuple[str, float]]) -> Any:
+def _extended_proto(source: SentencePieceSource, new_pieces: list[str]) -> Any:
     proto = type(source.proto)()
     proto.CopyFrom(source.proto)
     for token in source.outside:
         # Holds the id: sentencepiece never produces a control piece from text, transformers still cuts it out.
         proto.pieces.add(piece=token, score=0.0, type=CONTROL)
-    for piece, score in new_pieces:
+    scores: dict[str, float] = {}
+    _append_scores(scores, new_pieces, min(source.scores.values(), default=0.0))
+    for piece, score in scores.items():
         proto.pieces.add(piece=piece, score=score)
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return proto
