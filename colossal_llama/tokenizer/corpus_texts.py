@@ -1,0 +1,54 @@
+"""The texts of JSONL corpora: pre-training records and conversations, told apart record by record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from colossal_llama.dataset.jsonl import (
+    BadRecord,
+    find_input_files,
+    make_shards,
+    parse_object,
+    read_lines,
+    take_string,
+)
+from colossal_llama.tokenizer.pieces_file import MAX_LISTED_PROBLEMS
+from colossal_llama.utils.errors import UserError
+
+
+def read_samples(directories: list[Path]) -> Iterator[str]:
+    """One text for each record: `source` + `target`, or the contents of all messages, a line each.
+
+    Raises:
+        UserError: naming the records that are neither (once 20 are found, or at the end).
+    """
+    problems = []
+    shards = make_shards(find_input_files(directories))
+    for path, parts in groupby(shards, key=lambda shard: shard.path):
+        number = 0
+        for shard in parts:
+            for line in read_lines(shard):
+                number += 1
+                if not line.strip():
+                    continue
+                try:
+                    yield text_of(parse_object(line))
+                except BadRecord as error:
+                    problems.append(f"{path}:{number}: {error}")
+                    if len(problems) == MAX_LISTED_PROBLEMS:
+                        raise UserError([*problems, "reading stopped after the 20th bad record"]) from None
+    if problems:
+        raise UserError(problems)
+
+
+def text_of(record: dict[str, Any]) -> str:
+    """The text of one record; raises `BadRecord` when it is of neither kind."""
+    if "messages" not in record:
+        return take_string(record, "source") + take_string(record, "target")
+    messages = record["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadRecord("'messages' not an array of objects")
+    return "\n".join(take_string(message, "content") for message in messages)
