@@ -1,8 +1,8 @@
 """Which row of an extended embedding matrix holds what, and the rows themselves.
 
-A row is kept (its id means the same in both tokenizers, or it is padding of the source), new (the mean of the source
-rows of the token's own sub-tokens), or padding (beyond the target's tokens: the mean of all the source's rows, which
-no token uses).
+A row is kept (its id means the same in both tokenizers, or it is padding of the source), new (the mean of the
+source rows of the token's own sub-tokens), or padding (beyond the target's tokens: the mean of all the
+source's rows, which no token uses).
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def plan_rows(
     if conflicts:
         more = len(conflicts) - MAX_LISTED_CONFLICTS
         rest = [f"… and {more:,} more such ids"] if more > 0 else []
-        remedy = "--target_tokenizer_path: not an extension of the source's tokenizer; make it with init_tokenizer.py"
+        remedy = (
+            "--target_tokenizer_path: not an extension of the source's tokenizer; make it with "
+            "init_tokenizer.py"
+        )
         raise UserError([*conflicts[:MAX_LISTED_CONFLICTS], *rest, remedy])
 
     num_tokens = max(target_tokens) + 1

@@ -1,7 +1,7 @@
 """Extends a LLaMA's embeddings to an extended tokenizer: each new row is the mean of its sub-tokens' rows.
 
-All other weights are copied unchanged. The target directory holds a complete model with its tokenizer and may be the
-tokenizer's directory, never the source's.
+All other weights are copied unchanged. The target directory holds a complete model with its tokenizer and may
+be the tokenizer's directory, never the source's.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def _refuse_other_weights(target: Path, expected: set[str]) -> None:
     }
     if others := sorted(found - expected):
         raise UserError(
-            f"--target_model_path {target}: holds other weights ({', '.join(others[:5])}), which might be loaded "
+            f"--target_model_path {target}: holds other weights ({', '.join(others[:5])}), which might be "
+            "loaded "
             "in place of the new ones; remove them or choose another directory"
         )
 
@@ -157,7 +158,8 @@ def _refuse_full_disk(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target).free + present
     if free < needed:
         raise UserError(
-            f"--target_model_path {target}: the model needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB "
+            f"--target_model_path {target}: the model needs {needed / 1e9:.2f} GB, the disk has "
+            f"{free / 1e9:.2f} GB "
             "free; choose another disk or make room"
         )
 

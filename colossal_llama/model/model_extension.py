@@ -1,4 +1,4 @@
-"""Writes a model with extended embeddings: one pass over the source's shards, everything else byte for byte."""
+"""Writes a model with extended embeddings in one pass over its shards, all else byte for byte."""
 
 from __future__ import annotations
 
@@ -84,12 +84,14 @@ def check_embeddings(layout: ModelLayout, tied: bool, directory: Path) -> tuple[
     for tensor in (embedding, head):
         if tensor is not None and (tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) != 2):
             raise UserError(
-                f"{directory}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}; fp32, fp16 or bf16 matrices "
+                f"{directory}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}; fp32, fp16 or bf16 "
+                "matrices "
                 "are needed, so start from the model before quantization"
             )
     if head is not None and head.shape != embedding.shape:
         raise UserError(
-            f"{directory}: {EMBEDDING} is {list(embedding.shape)}, {OUTPUT_HEAD} {list(head.shape)}; they must be alike"
+            f"{directory}: {EMBEDDING} is {list(embedding.shape)}, {OUTPUT_HEAD} {list(head.shape)}; they "
+            "must be alike"
         )
     return embedding.shape[0], embedding.shape[1]
 
@@ -189,7 +191,7 @@ def _converted(values: torch.Tensor, tensor: TensorInfo) -> torch.Tensor:
 def _check_shard(
     shard: SafetensorsShard | BinShard, path: Path, expected: list[TensorInfo], plan: RowPlan
 ) -> None:
-    """Reads the file back: tensors and shapes as planned, kept rows equal to the source's, new rows their means."""
+    """Reads the file back: tensors as planned, kept rows equal to the source's, new rows their means."""
     result = SafetensorsShard(path)
     try:
         if list(result.tensors.values()) != expected:

@@ -1,8 +1,8 @@
 """Model weights on disk, a tensor at a time: safetensors and `.bin` shards in, safetensors shards out.
 
-A safetensors file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, data_offsets counted
-from the header's end), and the tensors' bytes. Tensors that stay as they are go from file to file inside the kernel,
-without passing through this process.
+A safetensors file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, data_offsets
+counted from the header's end), and the tensors' bytes. Tensors that stay as they are go from file to file
+inside the kernel, without passing through this process.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def open_shard(path: Path) -> SafetensorsShard | BinShard:
 
 
 def output_name(source: Path) -> str:
-    """The safetensors name of a shard: `pytorch_model-00001-of-00002.bin` -> `model-00001-of-00002.safetensors`."""
+    """`pytorch_model-00001-of-00002.bin` -> `model-00001-of-00002.safetensors`."""
     if source.suffix == ".safetensors":
         return source.name
     return source.name.replace("pytorch_model", "model", 1).removesuffix(".bin") + ".safetensors"

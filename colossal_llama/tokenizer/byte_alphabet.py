@@ -1,7 +1,7 @@
 """The printable characters by which byte-level BPE writes bytes, as GPT-2 introduced them.
 
-The 188 bytes that are printable and no space in Latin-1 stand for themselves; the others, in rising order, are
-written as the characters from U+0100 on.
+The 188 bytes that are printable and no space in Latin-1 stand for themselves; the others, in rising order,
+are written as the characters from U+0100 on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Adds pieces to a byte-level BPE tokenizer (LLaMA-3) by vocabulary and merges in `tokenizer.json`.
 
-New merges rank below all of the source's, so they act on what the source's merges have left: the source's tokens are
-the symbols that new pieces are made of. A piece is formed in every text by the same last merge as when it is encoded
-alone (see `reachability`), so each new token needs exactly one merge, and no merge leads to a token of the source.
-Texts change only where a new piece, a new character or an intermediate occurs.
+New merges rank below all of the source's, so they act on what the source's merges have left: the source's
+tokens are the symbols that new pieces are made of. A piece is formed in every text by the same last merge as
+when it is encoded alone (see `reachability`), so each new token needs exactly one merge, and no merge leads
+to a token of the source. Texts change only where a new piece, a new character or an intermediate occurs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ByteLevelSource:
         return self._symbols[token]
 
     def pre_tokens(self, text: str) -> list[str]:
-        """The stretches, spelled as tokens, that the pre-tokenizer cuts `text` into; no merge crosses a cut."""
+        """What the pre-tokenizer cuts `text` into, spelled as tokens; no merge crosses a cut."""
         return [token for token, _ in self._whole.pre_tokenizer.pre_tokenize_str(text)]
 
     @cached_property
@@ -92,7 +92,8 @@ class ByteLevelSource:
         if kind != "BPE" or self.model.get("byte_fallback") or not byte_level:
             problems.append(
                 f"{self.path}: neither byte-level BPE (a {kind} model, pre-tokenizer "
-                f"{', '.join(str(step.get('type')) for step in steps) or 'none'}) nor accompanied by tokenizer.model; "
+                f"{', '.join(str(step.get('type')) for step in steps) or 'none'}) nor accompanied by "
+                "tokenizer.model; "
                 "LLaMA-2 tokenizers need their tokenizer.model beside it"
             )
         elif byte_level[0].get("add_prefix_space"):
@@ -100,7 +101,8 @@ class ByteLevelSource:
         if self.files.fast.get("normalizer"):
             normalizer = ", ".join(str(step.get("type")) for step in _steps(self.files.fast["normalizer"]))
             problems.append(
-                f"{self.path}: it rewrites text before it splits it ({normalizer}); only tokenizers without a "
+                f"{self.path}: it rewrites text before it splits it ({normalizer}); only tokenizers without "
+                "a "
                 "normalizer, such as LLaMA-3's, can be extended"
             )
         if self.model.get("continuing_subword_prefix") or self.model.get("end_of_word_suffix"):
@@ -115,14 +117,16 @@ class ByteLevelSource:
         gaps = sorted(set(range(len(ids))) - ids)
         if gaps:
             raise UserError(
-                f"{self.path}: no token has id {gaps[0]} ({len(gaps):,} gaps below {max(ids)}). New pieces would "
+                f"{self.path}: no token has id {gaps[0]} ({len(gaps):,} gaps below {max(ids)}). New pieces "
+                "would "
                 "have to fill the gaps; give the added tokens consecutive ids"
             )
         for token in self.added_tokens:
             if token not in self.model["vocab"] and self.pre_tokens(token) == [token]:
                 # In `model.vocab`, where it has to be to keep its id, it would also match as plain text.
                 raise UserError(
-                    f"{self.path}: the added token {token!r} is a plain word. Extended, it would be found in texts "
+                    f"{self.path}: the added token {token!r} is a plain word. Extended, it would be found in "
+                    "texts "
                     "whose special tokens are meant as plain text; give it a name such as <|name|>"
                 )
 
@@ -132,9 +136,9 @@ def extend_byte_level(
 ) -> VocabularyExtension:
     """Works out the new vocabulary.
 
-    New ids follow the source's last, special tokens included: listed pieces in file order, then missing characters,
-    then intermediates. Characters are made reachable in every mode, by parts of characters where there is no other
-    way. Pieces that the pre-tokenizer cuts are never reachable: "add" leaves them out.
+    New ids follow the source's last, special tokens included: listed pieces in file order, then missing
+    characters, then intermediates. Characters are made reachable in every mode, by parts of characters where
+    there is no other way. Pieces that the pre-tokenizer cuts are never reachable: "add" leaves them out.
 
     Raises:
         UserError: `unreachable_mode` is "error" and there are unreachable pieces.
@@ -146,6 +150,11 @@ def extend_byte_level(
             raise_unreachable(listed, failed)
         if unreachable_mode == "report":
             extension.unreachable = failed
+            if failed and source.model.get("ignore_merges"):
+                extension.notes.append(
+                    "an unreachable piece still comes out where it is a whole pre-token by itself (the source has "
+                    "ignore_merges)"
+                )
         if unreachable_mode in ("report", "error") or not failed:
             break
         # Characters of what is left out are no longer needed, which may leave other pieces without a chain.
@@ -214,8 +223,8 @@ def byte_level_files(source: ByteLevelSource, extension: VocabularyExtension) ->
     joinable = [token for token in tokens if token not in unreachable]
     scores = _scores(joinable)
     merges = [last_parts(source.symbols_of(token), scores) for token in joinable]
-    # Added tokens stand in the model's vocabulary too: the tokenizers library numbers any other anew, after the
-    # last new piece.
+    # Added tokens stand in the model's vocabulary too: the tokenizers library numbers any other anew, after
+    # the last new piece.
     new_ids = {token: index for index, token in enumerate(tokens, start=len(source.vocabulary))}
     vocabulary = {**source.model["vocab"], **source.added_tokens, **new_ids}
     as_text = bool(source.model["merges"]) and isinstance(source.model["merges"][0], str)
@@ -267,13 +276,9 @@ def _notes(source: ByteLevelSource, intermediates: Iterable[str]) -> list[str]:
     notes = []
     if partial:
         notes.append(
-            f"{partial:,} intermediates are parts of characters: other characters that begin or end with the same "
+            f"{partial:,} intermediates are parts of characters: other characters that begin or end with the "
+            "same "
             "bytes are split differently than before"
-        )
-    if source.model.get("ignore_merges"):
-        notes.append(
-            "an unreachable piece still comes out where it is a whole pre-token by itself (the source has "
-            "ignore_merges)"
         )
     return notes
 

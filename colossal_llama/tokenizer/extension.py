@@ -79,7 +79,7 @@ class VocabularyExtension:
 def missing_characters(
     pieces: Iterable[str], vocabulary: Mapping[str, int], added: Iterable[str]
 ) -> list[str]:
-    """Characters of `pieces` that are neither in the vocabulary nor among the added pieces, in order of appearance."""
+    """Characters of `pieces` that are neither in the vocabulary nor added, in order of appearance."""
     known = set(added)
     missing: dict[str, None] = {}
     for piece in pieces:
@@ -94,7 +94,8 @@ def raise_unreachable(listed: ListedPieces, unreachable: Mapping[str, list[str]]
     if not unreachable:
         return
     problems = [
-        f"{listed.path}:{listed.line_of[piece]}: piece {piece!r} can never be produced: it stays {' + '.join(parts)}"
+        f"{listed.path}:{listed.line_of[piece]}: piece {piece!r} can never be produced: it stays "
+        f"{' + '.join(parts)}"
         for piece, parts in unreachable.items()
     ]
     remedy = "use --unreachable add (adds what is missing), drop (leaves them out) or report"

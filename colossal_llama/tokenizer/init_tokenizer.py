@@ -1,7 +1,8 @@
 """Extends a LLaMA tokenizer with new pieces from a JSONL file.
 
-LLaMA-2 (tokenizer.model, sentencepiece BPE) and LLaMA-3 (tokenizer.json, byte-level BPE) sources are supported.
-A report of what was added, and of pieces that can never be produced, is written beside the tokenizer.
+LLaMA-2 (tokenizer.model, sentencepiece BPE) and LLaMA-3 (tokenizer.json, byte-level BPE) sources are
+supported. A report of what was added, and of pieces that can never be produced, is written beside the
+tokenizer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def build_parser() -> ArgumentParser:
         "--source_tokenizer_dir",
         type=existing_directory,
         required=True,
-        help="tokenizer to extend: tokenizer.model (LLaMA-2) or tokenizer.json (LLaMA-3), with its configuration",
+        help="tokenizer to extend: tokenizer.model (LLaMA-2) or tokenizer.json (LLaMA-3), with its "
+        "configuration",
     )
     parser.add_argument(
         "--target_tokenizer_dir",
@@ -39,7 +41,8 @@ def build_parser() -> ArgumentParser:
         "--unreachable",
         choices=UNREACHABLE_MODES,
         default="report",
-        help="pieces that no text can ever yield: add them and say so (report), add the missing intermediate pieces "
+        help="pieces that no text can ever yield: add them and say so (report), add the missing intermediate "
+        "pieces "
         "too (add), leave them out (drop), or stop (error)",
     )
     parser.add_check(_check_directories)
@@ -55,7 +58,8 @@ def _check_directories(args: argparse.Namespace) -> list[str]:
     weights = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in target.glob(pattern))
     if weights:
         return [
-            f"--target_tokenizer_dir {target}: holds model weights ({weights[0]}) that would no longer fit the "
+            f"--target_tokenizer_dir {target}: holds model weights ({weights[0]}) that would no longer fit "
+            "the "
             "tokenizer; choose another directory or remove the model"
         ]
     return []

@@ -1,7 +1,7 @@
 """Learns new vocabulary pieces from JSONL corpora, for init_tokenizer.py.
 
-sentencepiece's BPE trainer finds candidates; those that save the most tokens over the source tokenizer are kept, and
-only pieces that the extended tokenizer really produces.
+sentencepiece's BPE trainer finds candidates; those that save the most tokens over the source tokenizer are
+kept, and only pieces that the extended tokenizer really produces.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def build_parser() -> ArgumentParser:
         "--character_filter",
         choices=tuple(CHARACTER_FILTERS),
         default="cjk",
-        help="characters that pieces are made of: Chinese, Japanese and Korean ones (cjk), Chinese alone (han), or all",
+        help="characters that pieces are made of: Chinese, Japanese and Korean ones (cjk), Chinese alone "
+        "(han), or all",
     )
     parser.add_argument(
         "--max_piece_length", type=number(int, 1, 64), default=8, help="longest piece, in characters"
@@ -76,7 +77,8 @@ def build_parser() -> ArgumentParser:
         "--max_stretches",
         type=positive_int,
         default=5_000_000,
-        help="stretches of text to learn from at most, a random sample of the corpus (memory: about 1 KB each)",
+        help="stretches of text to learn from at most, a random sample of the corpus (memory: about 1 KB "
+        "each)",
     )
     add_seed(parser)
     return parser
@@ -95,7 +97,7 @@ def read_stretches(texts: Iterable[str], character_filter: str) -> Iterator[str]
 
 
 def sample(stretches: Iterable[str], count: int, seed: int) -> list[str]:
-    """At most `count` of the stretches, each with the same chance (reservoir sampling), the same for a seed."""
+    """At most `count` of the stretches, each with the same chance (reservoir sampling)."""
     import random
 
     generator = random.Random(seed)
@@ -109,7 +111,7 @@ def sample(stretches: Iterable[str], count: int, seed: int) -> list[str]:
 
 
 def train_candidates(stretches: list[str], num_tokens: int, max_length: int) -> SentencePieceProcessor:
-    """Trains sentencepiece BPE on the stretches: all their characters, and up to `num_tokens` joined pieces."""
+    """Trains sentencepiece BPE: all characters of the stretches, up to `num_tokens` joined pieces."""
     import io
 
     import sentencepiece
@@ -164,8 +166,8 @@ def rank_candidates(
 ) -> list[str]:
     """The trained pieces that can be added to the source, those that save the most tokens first.
 
-    A joined piece saves a token each time it is formed, a character as many as the source needs for it, less one.
-    Ties go in the order of training, so a piece never comes before those that it is joined from.
+    A joined piece saves a token each time it is formed, a character as many as the source needs for it, less
+    one. Ties go in the order of training, so a piece never comes before those that it is joined from.
     """
     from colossal_llama.tokenizer.byte_alphabet import byte_token
     from colossal_llama.tokenizer.subtokens import encode_tokens
@@ -179,15 +181,20 @@ def rank_candidates(
         text: len(ids) - 1 for text, ids in zip(single, encode_tokens(source.files, tokens), strict=True)
     }
     gain = {piece: uses[piece] * saved.get(text, 1) for piece, text in spelled.items()}
-    order = sorted((piece for piece in spelled if gain[piece]), key=lambda p: (-gain[p], trained.piece_to_id(p)))
+    order = sorted(
+        (piece for piece in spelled if gain[piece]), key=lambda p: (-gain[p], trained.piece_to_id(p))
+    )
     return [spelled[piece] for piece in order]
 
 
-def choose_reachable(candidates: list[str], source: ExtensibleSource, num_tokens: int) -> tuple[list[str], int]:
+def choose_reachable(
+    candidates: list[str], source: ExtensibleSource, num_tokens: int
+) -> tuple[list[str], int]:
     """The first `num_tokens` candidates that init_tokenizer.py can make tokens of.
 
-    It is asked itself: what it finds unreachable makes room for the next candidates. A piece whose characters are
-    neither in the source nor chosen would bring them along uncounted, so it waits for the next round as well.
+    It is asked itself: what it finds unreachable makes room for the next candidates. A piece whose characters
+    are neither in the source nor chosen would bring them along uncounted, so it waits for the next round as
+    well.
 
     Returns:
         The pieces in the order of the candidates, and how many candidates were turned down.
@@ -200,7 +207,9 @@ def choose_reachable(candidates: list[str], source: ExtensibleSource, num_tokens
         chosen = usable[:num_tokens]
         if not chosen:
             return [], len(rejected)
-        listed = ListedPieces(Path("candidates"), {piece: i for i, piece in enumerate(chosen, start=1)}, len(chosen))
+        listed = ListedPieces(
+            Path("candidates"), {piece: i for i, piece in enumerate(chosen, start=1)}, len(chosen)
+        )
         extension = source.extend(listed, "report")
         missing = set(extension.characters)
         refused = {*extension.present, *extension.unreachable}
@@ -231,7 +240,8 @@ def main() -> None:
     pieces, num_rejected = choose_reachable(candidates, source, args.num_tokens)
     if not pieces:
         raise UserError(
-            f"{', '.join(map(str, args.data_input_dirs))}: nothing to learn: the source has every piece that occurs "
+            f"{', '.join(map(str, args.data_input_dirs))}: nothing to learn: the source has every piece that "
+            "occurs "
             f"{args.min_frequency} times or more; use a larger corpus"
         )
     lines = (json.dumps({"piece": piece}, ensure_ascii=False) for piece in pieces)
@@ -249,7 +259,8 @@ def main() -> None:
     log(format_table(["pieces", "count"], rows))
     if len(pieces) < args.num_tokens:
         warn(
-            f"--num_tokens {args.num_tokens}: only {len(pieces):,} pieces could be learned; a larger corpus or a "
+            f"--num_tokens {args.num_tokens}: only {len(pieces):,} pieces could be learned; a larger corpus "
+            "or a "
             f"lower --min_frequency ({args.min_frequency}) gives more"
         )
     log(f"Pieces: {args.output_file}")

@@ -13,8 +13,8 @@ from colossal_llama.utils.files import sync_directory
 def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[str]) -> None:
     """Writes `contents` beside `directory`, then moves them in.
 
-    A directory that does not exist yet, or is empty, appears complete in one rename. In another one, the files
-    named last in `contents` go first and come back last, so that until the end it can't be loaded.
+    A directory that does not exist yet, or is empty, appears complete in one rename. In another one, the
+    files named last in `contents` go first and come back last, so that until the end it can't be loaded.
 
     Args:
         contents: file name -> bytes; the last ones are those without which nothing can be loaded.

@@ -1,4 +1,4 @@
-"""Reads the JSONL file of new pieces, `{"piece": "人工智能"}` a line, and reports every line that is not one."""
+"""Reads the JSONL file of new pieces, `{"piece": "人工智能"}` a line; reports every line that is none."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class PieceRules:
     """What a string must be to become a piece of one tokenizer.
 
     Args:
-        space: the character that stands for a space in this tokenizer's pieces: `▁` for sentencepiece, a plain
-            space for byte-level BPE. Both spellings are converted to it.
+        space: the character that stands for a space in this tokenizer's pieces: `▁` for sentencepiece, a
+            plain space for byte-level BPE. Both spellings are converted to it.
         reserved: special, added and byte tokens. A text is cut at such a string before pieces are looked for,
             so a piece that contains one is refused.
         torn: strings that the tokenizer's own code tears apart; a piece that contains one is refused.

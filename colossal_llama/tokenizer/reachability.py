@@ -1,13 +1,14 @@
 """Which pieces a BPE tokenizer can ever produce, and which intermediates it takes to produce the others.
 
-BPE joins neighbouring symbols, the pair whose joined piece has the highest score first, the leftmost on ties. A
-piece comes out only when a chain of joins leads to it. What happens inside a stretch of text that ends up as one
-token does not depend on the text around it: a join across the stretch's border would have made that token
-impossible, and the joins inside keep their order. So a piece can be produced in some text exactly when it is
-produced from its own symbols alone, with no dummy-prefix space before them; and one simulation decides it.
+BPE joins neighbouring symbols, the pair whose joined piece has the highest score first, the leftmost on ties.
+A piece comes out only when a chain of joins leads to it. What happens inside a stretch of text that ends up
+as one token does not depend on the text around it: a join across the stretch's border would have made that
+token impossible, and the joins inside keep their order. So a piece can be produced in some text exactly when
+it is produced from its own symbols alone, with no dummy-prefix space before them; and one simulation decides
+it.
 
-The same argument shows why pieces added below all others never harm: as long as a chain of higher-scored joins is
-not finished, the new, lower ones wait.
+The same argument shows why pieces added below all others never harm: as long as a chain of higher-scored
+joins is not finished, the new, lower ones wait.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ def last_parts(symbols: Symbols, scores: Mapping[str, float]) -> list[str]:
     """Joins `symbols` until at most two are left, or no join is possible.
 
     Args:
-        symbols: what the tokenizer starts from: characters for sentencepiece, source tokens for byte-level BPE.
+        symbols: what the tokenizer starts from: characters for sentencepiece, source tokens for byte-level
+            BPE.
         scores: every piece that a join may produce, with its score; the highest goes first.
 
     Returns:
-        The symbols left. A piece of the vocabulary is reachable exactly when there are one or two: the last two
-        join to the piece itself.
+        The symbols left. A piece of the vocabulary is reachable exactly when there are one or two: the last
+        two join to the piece itself.
 
     >>> last_parts("abcd", {"ab": -1, "cd": -2, "abcd": -3})
     ['ab', 'cd']
@@ -74,8 +76,8 @@ def plan_intermediates(
 ) -> list[str]:
     """New pieces, each with a lower score than all before it, that make every unreachable piece reachable.
 
-    The pair that most of the stuck pieces share is joined first, so that they share intermediates; then those that
-    turn out superfluous are taken out again, until each one left is needed: without it, some piece of
+    The pair that most of the stuck pieces share is joined first, so that they share intermediates; then those
+    that turn out superfluous are taken out again, until each one left is needed: without it, some piece of
     `unreachable` would not be produced.
 
     Args:
@@ -102,7 +104,7 @@ def _join_until_reachable(
     next_score: Callable[[float], float],
     forbidden: Container[str],
 ) -> list[str]:
-    """Adds intermediates to `scores`, the most shared pair first, until no piece is stuck that can be helped."""
+    """Adds intermediates to `scores`, the most shared pair first, while any helps a stuck piece."""
     stuck = dict(unreachable)
     users: dict[str, set[str]] = defaultdict(set)  # joined pair -> the stuck pieces that hold it
     order: dict[str, int] = {}  # joined pair -> when it was first seen: makes ties deterministic
@@ -136,7 +138,8 @@ def _join_until_reachable(
         lowest = next_score(lowest)
         scores[joined] = lowest
         intermediates.append(joined)
-        # Everything above the new piece has been joined already, so each stuck piece goes on from where it is.
+        # Everything above the new piece has been joined already, so each stuck piece goes on from where it
+        # is.
         for piece in sorted(users[joined]):
             unregister(piece)
             parts = last_parts(stuck[piece], scores)
@@ -154,7 +157,7 @@ def without_superfluous(
     symbols_of: Callable[[str], Symbols],
     scores: MutableMapping[str, float],
 ) -> list[str]:
-    """Takes intermediates out of the list (and of `scores`) until every one left is needed by a required piece."""
+    """Takes intermediates out (of `scores` too) until a required piece needs every one left."""
     kept = dict.fromkeys(intermediates)
     containing: dict[str, list[str]] = {intermediate: [] for intermediate in intermediates}
     for piece in required:

@@ -1,9 +1,10 @@
-"""Adds pieces to a sentencepiece BPE tokenizer (LLaMA-2), so that its slow and its fast form agree on every text.
+"""Adds pieces to a sentencepiece BPE tokenizer (LLaMA-2) so that its slow and fast form agree on every text.
 
-Slow: sentencepiece reads `tokenizer.model` and joins the two neighbours whose joined piece has the highest score,
-the leftmost on ties. Fast: the tokenizers library reads `tokenizer.json` and joins by the rank of the pair in a
-list. The two agree when that list is ordered by score, no two new scores are equal, and every character is a piece:
-sentencepiece joins characters that are no pieces, the fast form has already split those into bytes.
+Slow: sentencepiece reads `tokenizer.model` and joins the two neighbours whose joined piece has the highest
+score, the leftmost on ties. Fast: the tokenizers library reads `tokenizer.json` and joins by the rank of the
+pair in a list. The two agree when that list is ordered by score, no two new scores are equal, and every
+character is a piece: sentencepiece joins characters that are no pieces, the fast form has already split those
+into bytes.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class SentencePieceSource:
     def rules(self) -> PieceRules:
         """What can be a new piece.
 
-        With `legacy` off, transformers' slow tokenizer encodes "<unk>" + text and cuts off the tokens of "<unk>": a
-        piece that reaches from one into the other would lose text.
+        With `legacy` off, transformers' slow tokenizer encodes "<unk>" + text and cuts off the tokens of
+        "<unk>": a piece that reaches from one into the other would lose text.
         """
         torn = () if self.legacy else (self.files.special_token("unk_token", "<unk>")[-1:] + SPACE_SYMBOL,)
         return PieceRules(SPACE_SYMBOL, self.reserved, torn)
@@ -113,7 +114,8 @@ class SentencePieceSource:
         tokenizer_class = self.files.config.get("tokenizer_class")
         if tokenizer_class not in SUPPORTED_CLASSES:
             problems.append(
-                f"{self.files.directory / CONFIG_FILE}: tokenizer_class {tokenizer_class}; only LlamaTokenizer "
+                f"{self.files.directory / CONFIG_FILE}: tokenizer_class {tokenizer_class}; only "
+                "LlamaTokenizer "
                 "and LlamaTokenizerFast are known to encode as this program assumes"
             )
         if problems:
@@ -126,13 +128,15 @@ class SentencePieceSource:
         for expected, (token, token_id) in enumerate(outside.items(), start=size):
             if token in self.vocabulary:
                 raise UserError(
-                    f"{self.files.directory}: added token {token!r} has id {token_id}, but {SENTENCEPIECE_FILE} "
+                    f"{self.files.directory}: added token {token!r} has id {token_id}, but "
+                    f"{SENTENCEPIECE_FILE} "
                     f"has it at {self.vocabulary[token]}; save the tokenizer again with one id"
                 )
             if token_id != expected:
                 raise UserError(
                     f"{self.files.directory}: added token {token!r} has id {token_id}, and no token has id "
-                    f"{expected}. New pieces would have to fill the gap; give the added tokens consecutive ids"
+                    f"{expected}. New pieces would have to fill the gap; give the added tokens consecutive "
+                    "ids"
                 )
         return list(outside)
 
@@ -142,11 +146,12 @@ def extend_sentencepiece(
 ) -> VocabularyExtension:
     """Works out the new vocabulary.
 
-    New ids follow the source's last: listed pieces in file order, then missing characters, then intermediates.
+    New ids follow the source's last: listed pieces in file order, then missing characters, then
+    intermediates.
 
     Raises:
-        UserError: `unreachable_mode` is "error" and there are unreachable pieces; or no score is left below the
-            source's lowest.
+        UserError: `unreachable_mode` is "error" and there are unreachable pieces; or no score is left below
+            the source's lowest.
     """
     known = source.vocabulary.keys() | set(source.outside)
     extension = VocabularyExtension(
@@ -214,13 +219,15 @@ def _notes(source: SentencePieceSource) -> list[str]:
     pieces = [piece for piece in source.scores if len(piece) > 1]
     if tied := len(pieces) - len({source.scores[piece] for piece in pieces}):
         notes.append(
-            f"{tied:,} pieces of the source share their score with another: where those meet, the source's own slow "
+            f"{tied:,} pieces of the source share their score with another: where those meet, the source's "
+            "own slow "
             "and fast tokenizers may split text differently, and so will the new ones"
         )
     characterless = sum(any(character not in source.scores for character in piece) for piece in pieces)
     if characterless:
         notes.append(
-            f"{characterless:,} pieces of the source hold characters that are no pieces: the source's own slow and "
+            f"{characterless:,} pieces of the source hold characters that are no pieces: the source's own "
+            "slow and "
             "fast tokenizers split them differently"
         )
     fast = source.files.fast
@@ -231,7 +238,8 @@ def _notes(source: SentencePieceSource) -> list[str]:
         and source.files.config.get("add_prefix_space", True)
     ):
         notes.append(
-            f"{FAST_FILE} of the source leaves out the space that {SENTENCEPIECE_FILE} puts before a text that starts "
+            f"{FAST_FILE} of the source leaves out the space that {SENTENCEPIECE_FILE} puts before a text "
+            "that starts "
             "with a space; it is kept as it is"
         )
     if source.outside:
@@ -246,7 +254,8 @@ def _extended_proto(source: SentencePieceSource, new_pieces: list[str]) -> Any:
     proto = type(source.proto)()
     proto.CopyFrom(source.proto)
     for token in source.outside:
-        # Holds the id: sentencepiece never produces a control piece from text, transformers still cuts it out.
+        # Holds the id: sentencepiece never produces a control piece from text, transformers still cuts it
+        # out.
         proto.pieces.add(piece=token, score=0.0, type=CONTROL)
     scores: dict[str, float] = {}
     _append_scores(scores, new_pieces, min(source.scores.values(), default=0.0))
@@ -257,7 +266,7 @@ def _extended_proto(source: SentencePieceSource, new_pieces: list[str]) -> Any:
 
 
 def _fast_tokenizer(source: SentencePieceSource, proto: Any) -> bytes:
-    """`tokenizer.json` for `proto`: the source's own with a new vocabulary, or one made from its configuration."""
+    """`tokenizer.json` for `proto`: the source's with a new vocabulary, or one made from its settings."""
     import orjson
 
     fast = source.files.fast
@@ -273,7 +282,8 @@ def _fast_tokenizer(source: SentencePieceSource, proto: Any) -> bytes:
 def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """The pairs that join to a piece, in the order in which sentencepiece would join them.
 
-    Within one piece, and among pieces of equal score, longer left parts go first, as in transformers' conversion.
+    Within one piece, and among pieces of equal score, longer left parts go first, as in transformers'
+    conversion.
     """
     merges = []
     for piece, score in scores.items():
@@ -297,18 +307,20 @@ def _check_fast_matches(source: SentencePieceSource, fast: Mapping[str, Any]) ->
     for piece, token_id in source.vocabulary.items():
         if vocabulary.get(piece) != token_id:
             raise UserError(
-                f"{path}: token {piece!r} has id {vocabulary.get(piece)}, but {token_id} in {SENTENCEPIECE_FILE}; "
+                f"{path}: token {piece!r} has id {vocabulary.get(piece)}, but {token_id} in "
+                f"{SENTENCEPIECE_FILE}; "
                 "remove the file and it is made anew"
             )
 
 
 def _new_fast_tokenizer(source: SentencePieceSource) -> dict[str, Any]:
-    """A `tokenizer.json` that does what transformers' slow tokenizer does with this configuration, still empty.
+    """An empty `tokenizer.json` that does what transformers' slow tokenizer does with this configuration.
 
-    With `legacy` on, sentencepiece itself puts the dummy prefix before every stretch between special tokens; with it
-    off, transformers puts one before the text. Metaspace, which transformers 4.51's conversion uses for the latter,
-    leaves the prefix out when the text starts with a space, so a normalizer puts it there first. (It does so after
-    a special token too: there alone, before a space, the fast form has one space more than the slow one.)
+    With `legacy` on, sentencepiece itself puts the dummy prefix before every stretch between special tokens;
+    with it off, transformers puts one before the text. Metaspace, which transformers 4.51's conversion uses
+    for the latter, leaves the prefix out when the text starts with a space, so a normalizer puts it there
+    first. (It does so after a special token too: there alone, before a space, the fast form has one space
+    more than the slow one.)
     """
     import orjson
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers

@@ -1,4 +1,4 @@
-"""How a source tokenizer writes the tokens of an extended one: the sub-tokens that new embeddings are averaged over."""
+"""How a source tokenizer writes the tokens of an extended one: what new embeddings are averaged over."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def encode_tokens(source: TokenizerFiles, tokens: Sequence[str]) -> list[list[in
 
     Args:
         source: the tokenizer to encode with.
-        tokens: in the spelling of the vocabulary: with `▁` for sentencepiece, with one printable character for each
-            byte for byte-level BPE.
+        tokens: in the spelling of the vocabulary: with `▁` for sentencepiece, with one printable character
+            for each byte for byte-level BPE.
     """
     if source.is_sentencepiece:
         return _encode_pieces(source, tokens)

@@ -85,7 +85,8 @@ class TokenizerFiles:
         for origin, content, token_id in self._declared_added_tokens():
             if ids.setdefault(content, token_id) != token_id:
                 raise UserError(
-                    f"{self.directory / origin}: token {content!r} has id {token_id} here and {ids[content]} in "
+                    f"{self.directory / origin}: token {content!r} has id {token_id} here and {ids[content]} "
+                    "in "
                     "another file of the directory; save the tokenizer again with one id"
                 )
         for content in self.special_token_strings():
@@ -95,7 +96,8 @@ class TokenizerFiles:
         for content, token_id in ids.items():
             if token_at.setdefault(token_id, content) != content:
                 raise UserError(
-                    f"{self.directory}: id {token_id} belongs to both {token_at[token_id]!r} and {content!r}; "
+                    f"{self.directory}: id {token_id} belongs to both {token_at[token_id]!r} and "
+                    f"{content!r}; "
                     "mend the added tokens"
                 )
         return dict(sorted(ids.items(), key=lambda item: item[1]))
