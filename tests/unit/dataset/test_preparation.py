@@ -1,0 +1,393 @@
+"""Whole runs in this process: every record accounted for, bins as asked, JSONL and Arrow the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from corpus import sample_texts
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from colossal_llama.dataset import bins, jsonl, preparation
+from colossal_llama.dataset.bins import deal_documents
+from colossal_llama.dataset.conversation import find_special_tokens
+from colossal_llama.dataset.preparation import Settings, prepare
+from colossal_llama.dataset.tokenization import EncoderSpec
+from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
+from colossal_llama.utils.errors import UserError
+
+Prepare = Callable[..., dict[str, Any]]
+MAX_LENGTH = 256
+
+
+def make_records(count: int, seed: int) -> list[dict[str, str]]:
+    generator = random.Random(seed)
+    texts = sample_texts(2 * count, seed)
+    return [
+        {
+            "source": texts[2 * i] if generator.random() < 0.3 else "",
+            "target": texts[2 * i + 1] * (6 if i % 50 == 7 else 1),
+            "category": generator.choice(["a", "b", "b", "c"]),
+        }
+        for i in range(count)
+    ]
+
+
+def write_records(path: Path, records: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MIN_SHARD_BYTES", 20_000)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[Path]:
+    write_records(tmp_path / "in0" / "one.jsonl", make_records(300, seed=1))
+    write_records(tmp_path / "in0" / "two.jsonl", make_records(50, seed=2))
+    write_records(tmp_path / "in1" / "three.jsonl", make_records(120, seed=3))
+    return [tmp_path / "in0", tmp_path / "in1"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, llama2_tokenizer_dir: Path) -> Prepare:
+    """Prepares with small settings; keyword arguments change them. Returns stats.json."""
+
+    def run(
+        inputs: list[Path],
+        output: str = "out",
+        kind: str = "pretrain",
+        truncate: bool = False,
+        facts: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> dict[str, Any]:
+        directory = tmp_path / output
+        settings = Settings(
+            inputs, llama2_tokenizer_dir, directory, directory / "arrow", MAX_LENGTH, 4, 42, True
+        )
+        settings = dataclasses.replace(settings, **changes)
+
+        def make_spec(tokenizer: Any) -> EncoderSpec:
+            end_id = (
+                tokenizer.eos_token_id
+                if kind == "pretrain"
+                else find_special_tokens(tokenizer, 2).end_of_turn_id
+            )
+            return EncoderSpec(kind, tokenizer.bos_token_id, end_id, settings.max_length, truncate)
+
+        prepare(settings, make_spec, {"kind": kind, **(facts or {})})
+        return json.loads(settings.stats_path.read_text())
+
+    return run
+
+
+def read_rows(arrow_dir: Path) -> list[list[dict[str, list[int]]]]:
+    """The rows of every part."""
+    return [list(datasets.load_from_disk(str(part))) for part in sorted(arrow_dir.glob("part-*"))]
+
+
+def read_bytes(directory: Path) -> dict[str, bytes]:
+    """Everything that a run makes but the cache."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.relative_to(directory).parts[0] != "cache" and path.name != ".lock"
+    }
+
+
+def encode(tokenizer: Any, record: dict[str, str]) -> tuple[int, ...]:
+    ids = tokenizer(record["source"] + record["target"], add_special_tokens=False)["input_ids"]
+    return (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id)
+
+
+def test_every_document_is_whole_and_in_order(
+    corpus: list[Path], run: Prepare, tmp_path: Path, llama2_tokenizer_dir: Path
+) -> None:
+    stats = run(corpus)
+    tokenizer = AutoTokenizer.from_pretrained(llama2_tokenizer_dir)
+    records = make_records(300, 1) + make_records(50, 2) + make_records(120, 3)
+    wanted: Counter[tuple[int, ...]] = Counter()
+    num_chunked = 0
+    for document in (encode(tokenizer, record) for record in records):
+        wanted.update(document[i : i + MAX_LENGTH] for i in range(0, len(document), MAX_LENGTH))
+        num_chunked += len(document) > MAX_LENGTH
+    found: Counter[tuple[int, ...]] = Counter()
+    parts = read_rows(tmp_path / "out" / "arrow")
+    assert len(parts) == 4
+    for row in (row for part in parts for row in part):
+        ids, labels, lengths = row["input_ids"], row["labels"], row["document_lengths"]
+        assert len(ids) == len(labels) == sum(lengths) <= MAX_LENGTH
+        assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
+        bounds = np.cumsum([0, *lengths])
+        found.update(tuple(ids[a:b]) for a, b in pairwise(bounds))
+    assert num_chunked > 3
+    assert stats["total"]["notes"] == {"chunked": num_chunked}
+    dropped = wanted - found
+    assert not found - wanted
+    # Only chunks that hold nothing but a source may be missing.
+    assert sum(map(len, dropped.elements())) == stats["total"]["dropped_tokens"].get("chunk without label", 0)
+
+
+def test_the_accounts_balance(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
+    write_records(corpus[0] / "odd.jsonl", [{"source": s, "target": "", "category": "a"} for s in ("", "x")])
+    with open(corpus[0] / "odd.jsonl", "ab") as file:
+        file.write(b"\n  \r\nnot json\n[]\n{}\n")
+    stats = run(corpus, skip_bad_records=True)
+    assert stats["records"]["read"] == 475
+    assert stats["records"]["kept"] == 470
+    assert stats["records"]["dropped"] == {
+        "empty record": 1,
+        "empty target": 1,
+        "'source' missing": 1,
+        "not a JSON object": 1,
+        "not valid JSON": 1,
+    }
+    for counts in [stats["total"], *stats["categories"].values(), *stats["input_dirs"]]:
+        assert counts["tokens_in"] == counts["tokens_out"] + sum(counts["dropped_tokens"].values())
+        assert counts["documents"] == counts["kept"] + sum(counts["dropped_documents"].values())
+    for name in ("documents", "kept", "pieces", "characters", "tokens_in", "tokens_out"):
+        assert stats["total"][name] == sum(counts[name] for counts in stats["categories"].values())
+        assert stats["total"][name] == sum(counts[name] for counts in stats["input_dirs"])
+    rows = [row for part in read_rows(tmp_path / "out" / "arrow") for row in part]
+    assert stats["rows"]["rows"] == len(rows)
+    assert (
+        stats["rows"]["tokens"] == sum(len(row["input_ids"]) for row in rows) == stats["total"]["tokens_out"]
+    )
+    assert stats["rows"]["labels"] == sum(label != -100 for row in rows for label in row["labels"])
+    assert stats["rows"]["fill_without_last_rows"] > 0.98
+    assert sum(stats["piece_lengths"]["counts"]) == stats["total"]["pieces"]
+    text = json.dumps(stats)
+    assert str(tmp_path) not in text
+    assert "workers" not in text
+
+
+def test_jsonl_equals_arrow_and_the_layout_is_as_documented(
+    corpus: list[Path],
+    run: Prepare,
+    tmp_path: Path,
+    llama2_tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bins, "BATCH_ROWS", 5)  # several record batches
+    run(corpus, num_bins=2)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} >= {"arrow", "cache", "jsonl", "stats.json", "stats.png"}
+    assert sorted(path.name for path in (out / "jsonl").iterdir()) == ["part-00000.jsonl", "part-00001.jsonl"]
+    assert (out / "stats.png").read_bytes().startswith(b"\x89PNG")
+    tokenizer = AutoTokenizer.from_pretrained(llama2_tokenizer_dir)
+    for index, rows in enumerate(read_rows(out / "arrow")):
+        lines = (out / "jsonl" / f"part-{index:05d}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == rows
+        part = out / "arrow" / f"part-{index:05d}"
+        assert json.loads((part / "prepared.json").read_text()) == {
+            "format": 1,
+            "kind": "pretrain",
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+            "vocab_size": len(tokenizer),
+            "max_length": MAX_LENGTH,
+            "num_rows": len(rows),
+            "num_tokens": sum(len(row["input_ids"]) for row in rows),
+        }
+        loaded = datasets.load_from_disk(str(part))
+        assert loaded.column_names == ["input_ids", "labels", "document_lengths"]
+        assert {str(feature.feature.dtype) for feature in loaded.features.values()} == {"int32"}
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.integers(1, 12), st.integers(0, 100))
+def test_dealing_is_even_in_every_stratum(strata: list[int], num_bins: int, seed: int) -> None:
+    documents, bounds = deal_documents(np.array(strata, dtype=np.int32), num_bins, seed)
+    assert sorted(documents.tolist()) == list(range(len(strata)))
+    assert len(bounds) == num_bins + 1
+    dealt = [np.array(strata)[documents[a:b]] for a, b in pairwise(bounds)]
+    for stratum in set(strata):
+        counts = [int((part == stratum).sum()) for part in dealt]
+        assert max(counts) - min(counts) <= 1
+    if len(strata) >= num_bins:
+        assert min(map(len, dealt)) >= 1
+    again, _ = deal_documents(np.array(strata, dtype=np.int32), num_bins, seed)
+    assert again.tolist() == documents.tolist()
+
+
+@pytest.mark.parametrize("num_bins", [1, 25, 30, 101, 470])
+def test_exactly_as_many_bins_as_asked(
+    corpus: list[Path], run: Prepare, tmp_path: Path, num_bins: int
+) -> None:
+    stats = run(corpus, num_bins=num_bins)
+    parts = read_rows(tmp_path / "out" / "arrow") if num_bins < 101 else []
+    assert sorted(p.name for p in (tmp_path / "out" / "arrow").glob("part-*")) == [
+        f"part-{index:05d}" for index in range(num_bins)
+    ]
+    assert all(parts)
+    assert len(stats["bins"]) == num_bins
+    assert min(b["rows"] for b in stats["bins"]) >= 1
+
+
+def test_more_bins_than_documents(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"only 470 documents; ask for at most 470 bins"):
+        run(corpus, num_bins=471)
+    assert not list((tmp_path / "out").glob("*/part-*"))
+
+
+def test_the_output_does_not_depend_on_the_number_of_workers(
+    corpus: list[Path], run: Prepare, tmp_path: Path
+) -> None:
+    run(corpus, "one", num_workers=1)
+    run(corpus, "three", num_workers=3)
+    one, three = read_bytes(tmp_path / "one"), read_bytes(tmp_path / "three")
+    assert len(one) == 4 * 5 + 2
+    assert one == three
+
+
+def test_the_output_depends_on_the_seed(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
+    run(corpus, "a")
+    run(corpus, "b", seed=43)
+    a, b = read_bytes(tmp_path / "a"), read_bytes(tmp_path / "b")
+    assert a["jsonl/part-00000.jsonl"] != b["jsonl/part-00000.jsonl"]
+
+
+def test_bad_records_are_all_reported_with_their_lines(
+    corpus: list[Path], run: Prepare, tmp_path: Path
+) -> None:
+    path = corpus[0] / "one.jsonl"
+    lines = path.read_text().splitlines()
+    for number in (3, 150, 299):
+        lines[number - 1] = '{"source": "", "target": 5, "category": "a"}'
+    lines.insert(200, "")
+    path.write_text("\n".join(lines))
+    write_records(corpus[1] / "z.jsonl", [{"source": ""}])
+    assert len(jsonl.make_shards([[path]])) > 2
+    with pytest.raises(UserError) as caught:
+        run(corpus)
+    problems = caught.value.problems
+    where = [problem.split(": ")[0] for problem in problems[:-1]]
+    assert where == [f"{path}:3", f"{path}:150", f"{path}:300", f"{corpus[1] / 'z.jsonl'}:1"]
+    assert "'target' is a number, not a string" in problems[0]
+    assert "4 bad records ('target' missing: 1, 'target' not a string: 3)" in problems[-1]
+    assert "--on_bad_record skip" in problems[-1]
+    assert not (tmp_path / "out" / "stats.json").exists()
+    assert not list((tmp_path / "out").glob("*/part-*"))
+
+
+def test_a_long_list_of_bad_records_is_cut(run: Prepare, tmp_path: Path) -> None:
+    write_records(tmp_path / "in" / "x.jsonl", [7] * 5000)
+    with pytest.raises(UserError) as caught:
+        run([tmp_path / "in"])
+    assert len(caught.value.problems) == 22
+    assert caught.value.problems[-2] == "… and 4,980 more"
+    assert "5,000 bad records" in caught.value.problems[-1]
+
+
+def test_existing_output_is_refused_and_overwritten_when_asked(
+    corpus: list[Path], run: Prepare, tmp_path: Path
+) -> None:
+    run(corpus)
+    before = read_bytes(tmp_path / "out")
+    (tmp_path / "out" / "arrow" / "notes.txt").write_text("keep me")
+    with pytest.raises(UserError, match="--overwrite"):
+        run(corpus)
+    with pytest.raises(UserError, match="--overwrite"):
+        run(corpus, num_bins=3)
+    stats = run(corpus, num_bins=3, overwrite=True)
+    assert stats["num_bins"] == 3
+    assert len(list((tmp_path / "out" / "arrow").glob("part-*"))) == 3
+    assert (tmp_path / "out" / "arrow" / "notes.txt").read_text() == "keep me"
+    (tmp_path / "out" / "arrow" / "notes.txt").unlink()
+    run(corpus, overwrite=True)
+    assert read_bytes(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3])
+def test_a_run_that_died_between_bins_goes_on(
+    corpus: list[Path], run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    run(corpus, "whole")
+    written = []
+
+    def write_some(task: bins.BinTask) -> Any:
+        if len(written) == stop_after:
+            raise KeyboardInterrupt
+        written.append(task.index)
+        return bins.write_bin(task)
+
+    monkeypatch.setattr(preparation, "write_bin", write_some)
+    with pytest.raises(KeyboardInterrupt):
+        run(corpus)
+    assert not (tmp_path / "out" / "stats.json").exists()
+    if written:
+        with pytest.raises(UserError, match=r"part-0000\d.*is there already"):
+            run(corpus, seed=5)
+
+    encoded: list[Any] = []
+    monkeypatch.setattr(preparation, "write_bin", bins.write_bin)
+    monkeypatch.setattr("colossal_llama.dataset.shards.load_encoder", lambda spec: encoded.append(spec))
+    run(corpus)
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
+    assert not encoded  # every shard came from the cache
+
+
+def test_changed_input_is_encoded_again(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
+    before = run(corpus)
+    write_records(corpus[0] / "two.jsonl", make_records(60, seed=9))
+    after = run(corpus, overwrite=True)
+    assert after["records"]["read"] == before["records"]["read"] + 10
+    fresh = run(corpus, "fresh")
+    assert fresh == after
+
+
+def test_conversations_are_one_to_a_row_unless_spliced(run: Prepare, tmp_path: Path) -> None:
+    texts = sample_texts(240, seed=5, max_sentences=1)
+    records = [
+        {
+            "messages": [
+                {"from": "human", "content": texts[2 * i]},
+                {"from": "assistant", "content": texts[2 * i + 1]},
+            ],
+            "category": "ab"[i % 2],
+        }
+        for i in range(120)
+    ]
+    write_records(tmp_path / "sft" / "x.jsonl", records)
+    single = run([tmp_path / "sft"], "single", kind="sft", splice=False, max_length=1024)
+    packed = run([tmp_path / "sft"], "packed", kind="sft", splice=True, max_length=1024)
+    rows = [row for part in read_rows(tmp_path / "single" / "arrow") for row in part]
+    assert len(rows) == single["total"]["kept"] == 120
+    assert all(row["document_lengths"] == [len(row["input_ids"])] for row in rows)
+    assert packed["rows"]["rows"] < 120
+    assert packed["rows"]["tokens"] == single["rows"]["tokens"]
+    assert packed["rows"]["labels"] == single["rows"]["labels"]
+    packed_rows = [row for part in read_rows(tmp_path / "packed" / "arrow") for row in part]
+    documents = []
+    for row in packed_rows:
+        bounds = np.cumsum([0, *row["document_lengths"]])
+        documents += [row["input_ids"][a:b] for a, b in pairwise(bounds)]
+    assert sorted(documents) == sorted(row["input_ids"] for row in rows)
+
+
+def test_nothing_left_to_write(run: Prepare, tmp_path: Path) -> None:
+    write_records(tmp_path / "in" / "x.jsonl", [{"source": "", "target": "", "category": "a"}])
+    with pytest.raises(UserError, match="nothing is left to write"):
+        run([tmp_path / "in"], num_bins=1)
+
+
+def test_ray_is_refused_for_now(corpus: list[Path], run: Prepare) -> None:
+    with pytest.raises(UserError, match="--ray_address auto: not available yet"):
+        run(corpus, ray_address="auto")
+
+
+def test_a_directory_without_tokenizer(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--tokenizer_dir .*no tokenizer can be loaded"):
+        run(corpus, tokenizer_dir=tmp_path / "empty")
