@@ -152,8 +152,8 @@ def extend_byte_level(
             extension.unreachable = failed
             if failed and source.model.get("ignore_merges"):
                 extension.notes.append(
-                    "an unreachable piece still comes out where it is a whole pre-token by itself (the source has "
-                    "ignore_merges)"
+                    "an unreachable piece still comes out where it is a whole pre-token by itself (the "
+                    "source has ignore_merges)"
                 )
         if unreachable_mode in ("report", "error") or not failed:
             break
