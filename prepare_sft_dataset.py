@@ -31,21 +31,24 @@ def build_parser() -> ArgumentParser:
 
 
 def prepare_sft_data(args: Namespace) -> None:
+    from colossal_llama.dataset.chat_template import check_chat_template
     from colossal_llama.dataset.conversation import find_special_tokens
     from colossal_llama.dataset.preparation import make_settings, prepare
     from colossal_llama.dataset.tokenization import EncoderSpec
 
     def make_spec(tokenizer: Any) -> EncoderSpec:
+        if args.chat_template:
+            template, tokens = check_chat_template(tokenizer)
+            ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+            return EncoderSpec(
+                "chat_template", *ends, args.max_length, template=template, template_tokens=tokens
+            )
         special = find_special_tokens(tokenizer, args.llama_version)
-        return EncoderSpec(
-            kind="sft", bos_id=special.bos_id, end_id=special.end_of_turn_id, max_length=args.max_length
-        )
+        return EncoderSpec("sft", special.bos_id, special.end_of_turn_id, args.max_length)
 
-    prepare(
-        make_settings(args, splice=args.splice),
-        make_spec,
-        {"kind": "sft", "llama_version": args.llama_version, "splice": args.splice},
-    )
+    template = "tokenizer" if args.chat_template else f"llama{args.llama_version}"
+    facts = {"kind": "sft", "template": template, "splice": args.splice}
+    prepare(make_settings(args, splice=args.splice), make_spec, facts)
 
 
 def main() -> None:

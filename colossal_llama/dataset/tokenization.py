@@ -45,7 +45,7 @@ class EncoderSpec:
         max_length: longest piece, in tokens.
         truncate: cut long documents off instead of chunking them (pretrain).
         tokenizer_json: path of the serialised fast tokenizer; its name is a digest of its content.
-        tokenizer_dir: the Hugging Face directory, for the chat template alone.
+        template, template_tokens: the tokenizer's own chat template, and its special tokens by name.
     """
 
     kind: str
@@ -54,14 +54,12 @@ class EncoderSpec:
     max_length: int
     truncate: bool = False
     tokenizer_json: str = ""
-    tokenizer_dir: str = ""
+    template: str = ""
+    template_tokens: tuple[tuple[str, str], ...] = ()
 
     def as_key(self) -> dict[str, Any]:
         """What the encoding depends on: a tokenizer's content, wherever it is."""
-        value = {**asdict(self), "tokenizer_json": Path(self.tokenizer_json).name}
-        if self.kind != "chat_template":
-            del value["tokenizer_dir"]
-        return value
+        return {**asdict(self), "tokenizer_json": Path(self.tokenizer_json).name}
 
 
 @dataclass
@@ -122,6 +120,10 @@ def load_encoder(spec: EncoderSpec) -> RecordEncoder:
     """The encoder of a spec, loaded once a process."""
     if spec.kind == "pretrain":
         return PretrainEncoder(spec)
+    if spec.kind == "chat_template":
+        from colossal_llama.dataset.chat_template import ChatTemplateEncoder  # imports transformers
+
+        return ChatTemplateEncoder(spec)
     return ConversationEncoder(spec)
 
 
@@ -322,7 +324,7 @@ def keep_whole_turns(
         turn_ends: number of tokens up to the end of each turn.
         answers: whether each turn has loss.
     """
-    outcome = Outcome(len(stored), notes=_describe(record.messages))
+    outcome = Outcome(len(stored), notes=describe_conversation(record.messages))
     ends = [end for end, has_loss in zip(turn_ends, answers, strict=True) if has_loss]
     fitting = [end for end in ends if end <= max_length]
     if not fitting:
@@ -338,7 +340,7 @@ def keep_whole_turns(
     return outcome
 
 
-def _describe(messages: Sequence[Message]) -> list[str]:
+def describe_conversation(messages: Sequence[Message]) -> list[str]:
     """Peculiarities of a conversation that are counted in the statistics."""
     turns = [message for message in messages if message.role != "system"]
     facts = {
