@@ -41,7 +41,7 @@ OPEN, CLOSE, QUOTE, RENAMED = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 MARKS = re.compile(f"[{OPEN}-{RENAMED}]")
 ROLE_NAMES = {"human": "user", "assistant": "assistant", "system": "system"}
 GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
-# Some templates write today's date, and the output would depend on it; this is what LLaMA 3.1's falls back to.
+# Some templates write today's date, and the output would depend on it; this is LLaMA 3.1's own default.
 DATE_STRING = "26 Jul 2024"
 
 
@@ -232,8 +232,8 @@ class TemplateRenderer:
             if not (after.startswith(before) and text.startswith(after) and len(before) >= position):
                 raise BadRecord(
                     "not rendered turn by turn",
-                    "the chat template has no {% generation %} marks, and what it writes for the beginning of "
-                    "a conversation is not the beginning of what it writes for all of it; put the marks "
+                    "the chat template has no {% generation %} marks, and what it writes for the beginning "
+                    "of a conversation is not the beginning of what it writes for all of it; put the marks "
                     "around the assistant's part of the template, or leave --chat_template out",
                 )
             parts += [text[position : len(before)], OPEN, text[len(before) : len(after)], CLOSE]
