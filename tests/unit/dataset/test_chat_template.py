@@ -19,7 +19,8 @@ from colossal_llama.utils.errors import UserError
 
 PLAIN = (
     "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + ']\n' }}"
-    "{{ message['content'] | trim }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
+    "{{ message['content'] | trim }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
 )
 MARKED = """{{ bos_token }}
 {%- for message in messages %}
@@ -33,7 +34,7 @@ MARKED = """{{ bos_token }}
     {% endif %}
 {%- endfor %}
 """
-UNSTABLE = "{{ messages | length }}{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
+UNSTABLE = "{{ messages | length }}" + PLAIN
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + PLAIN
 MakeEncoder = Callable[..., ChatTemplateEncoder]
 
