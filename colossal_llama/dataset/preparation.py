@@ -253,11 +253,19 @@ def _encode_shards(
     # The largest first, so that no worker is left alone with a big compressed file at the end.
     order = sorted(range(len(tasks)), key=lambda i: (shards[i].start - shards[i].end, i))
     summaries: list[ShardSummary | None] = [None] * len(tasks)
+    only_check = False
+
+    def tasks_to_run() -> Iterator[ShardTask]:
+        for i in order:
+            yield replace(tasks[i], check_only=only_check)
+
     num_bytes = sum(shard.end - shard.start for shard in shards)
     with progress_bar(total=num_bytes, desc="encoding", unit="B", unit_scale=True) as bar:
         meter = _TokenMeter(bar)
-        for index, summary in workers.run(encode_shard, [tasks[i] for i in order]):
+        for index, summary in workers.run(encode_shard, tasks_to_run()):
             summaries[order[index]] = summary
+            # After a bad record there will be no output: what is left to do is to list the others.
+            only_check |= bool(summary.bad_records) and not settings.skip_bad_records
             meter.update(summary.num_tokens, summary.num_bytes)
     return tasks, summaries  # type: ignore[return-value]
 

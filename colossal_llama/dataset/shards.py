@@ -34,11 +34,12 @@ BATCH_RECORDS = 1024
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Encode one shard into `cache_dir`."""
+    """Encode one shard into `cache_dir`, or (`check_only`) read its records and nothing else."""
 
     shard: Shard
     spec: EncoderSpec
     cache_dir: str
+    check_only: bool = False
 
     @property
     def key(self) -> str:
@@ -83,6 +84,10 @@ def encode_shard(task: ShardTask) -> ShardSummary:
         return read_summary(task)
     encoder = load_encoder(task.spec)
     summary = ShardSummary(num_bytes=task.shard.end - task.shard.start)
+    if task.check_only:
+        for _ in _read_batches(task.shard, encoder, summary):
+            pass
+        return summary
     piece_lengths: list[int] = []
     num_pieces: list[int] = []
     category_ids: list[int] = []

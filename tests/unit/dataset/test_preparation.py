@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from colossal_llama.dataset import bins, jsonl, preparation
+from colossal_llama.dataset import bins, jsonl, preparation, shards
 from colossal_llama.dataset.bins import deal_documents
 from colossal_llama.dataset.conversation import find_special_tokens
 from colossal_llama.dataset.preparation import Settings, prepare
@@ -279,6 +279,26 @@ def test_bad_records_are_all_reported_with_their_lines(
     assert "--on_bad_record skip" in problems[-1]
     assert not (tmp_path / "out" / "stats.json").exists()
     assert not list((tmp_path / "out").glob("*/part-*"))
+
+
+def test_after_a_bad_record_the_rest_is_only_read(
+    corpus: list[Path], run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[shards.ShardTask] = []
+
+    def encode_and_remember(task: shards.ShardTask) -> shards.ShardSummary:
+        tasks.append(task)
+        return shards.encode_shard(task)
+
+    monkeypatch.setattr(preparation, "encode_shard", encode_and_remember)
+    path = corpus[0] / "one.jsonl"
+    path.write_bytes(path.read_bytes() + b"[]\n" * 20_000)
+    with pytest.raises(UserError, match="20,000 bad records"):
+        run(corpus)
+    first_checked = [task.check_only for task in tasks].index(True)
+    assert all(task.check_only for task in tasks[first_checked:])
+    assert len(list((tmp_path / "out" / "cache" / "shards").glob("*.npz"))) == first_checked
+    assert run(corpus, skip_bad_records=True)["records"]["dropped"] == {"not a JSON object": 20_000}
 
 
 def test_a_long_list_of_bad_records_is_cut(run: Prepare, tmp_path: Path) -> None:
