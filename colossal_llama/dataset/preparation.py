@@ -50,6 +50,7 @@ from colossal_llama.utils.files import locked_directory, read_json, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TOKENIZER_NAME = re.compile(r"[0-9a-f]{24}\.json")
 PART_NAME = re.compile(r"\.?part-\d{5}(\.jsonl)?(\.tmp)?")
 
 
@@ -116,7 +117,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the Rust library has no exception types of its own
         raise UserError(f"--tokenizer_dir {directory}: no tokenizer can be loaded: {error}") from None
     if not tokenizer.is_fast:
         raise UserError(f"--tokenizer_dir {directory}: {type(tokenizer).__name__} is not a fast tokenizer")
@@ -146,8 +147,9 @@ def prepare(
     workers = open_workers(settings.ray_address, settings.num_workers, [encode_shard, write_bin])
     files = find_input_files(settings.data_input_dirs)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked_directory(settings.data_output_dirs, "data preparation"))
-        stack.enter_context(locked_directory(settings.data_arrow_output_dir, "data preparation"))
+        outputs = {settings.data_output_dirs.resolve(), settings.data_arrow_output_dir.resolve()}
+        for directory in sorted(outputs):
+            stack.enter_context(locked_directory(directory, "data preparation"))
         stack.enter_context(workers)
         tokenizer = load_tokenizer(settings.tokenizer_dir)
         spec = make_spec(tokenizer)
@@ -184,13 +186,20 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> Toke
     text = tokenizer.backend_tokenizer.to_str()
     path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     for other in directory.iterdir():
-        other.unlink()
+        if TOKENIZER_NAME.fullmatch(other.name):
+            other.unlink()
     path.write_text(text, encoding="utf-8")
     backend = load_plain_backend(str(path))
-    for token, token_id in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
-        if token_id in backend.encode(f"{token} a{token}", add_special_tokens=False).ids:
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        text = f"{token.content} a{token.content}"
+        is_unknown = token_id == tokenizer.unk_token_id  # may stand for any character
+        if (
+            token.special
+            and not is_unknown
+            and token_id in backend.encode(text, add_special_tokens=False).ids
+        ):
             raise UserError(
-                f"{tokenizer.name_or_path}: the merges of this tokenizer turn the plain text {token} "
+                f"{tokenizer.name_or_path}: the merges of this tokenizer turn the plain text {token.content} "
                 f"into the special token {token_id}; use a tokenizer that keeps them apart"
             )
     return TokenizerInfo(path, tokenizer_fingerprint(tokenizer), len(tokenizer))
@@ -236,7 +245,8 @@ def _claim_output(settings: Settings, run_key: str) -> None:
         (settings.data_output_dirs / "stats.png").unlink(missing_ok=True)
         for path in parts:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.rmtree(settings.cache_dir / "bins", ignore_errors=True)
+        for path in (settings.cache_dir / "bins").glob("part-*.json"):
+            path.unlink()
     write_json(run_file, {"run_key": run_key})
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from colossal_llama.dataset.statistics import Counts
 from colossal_llama.dataset.tokenization import EncoderSpec, RecordEncoder, load_encoder
 
 CACHE_FORMAT = 1
+CACHE_NAME = re.compile(r"[0-9a-f]{24}(\.\d+\.tmp|\.tokens|\.npz)")
 MAX_LISTED_BAD_RECORDS = 20
 # A batch's encodings (some 300 bytes a token) are all in memory at once.
 BATCH_CHARACTERS = 1 << 19
@@ -145,7 +147,7 @@ def remove_stale_shards(cache_dir: Path, tasks: list[ShardTask]) -> None:
     """Removes what earlier runs with other input or settings, or killed ones, left in the cache."""
     wanted = {path.name for task in tasks for path in (task.table_path, task.tokens_path)}
     for path in cache_dir.iterdir():
-        if path.name not in wanted:
+        if CACHE_NAME.fullmatch(path.name) and path.name not in wanted:
             path.unlink()
 
 

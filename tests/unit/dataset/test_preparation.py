@@ -315,7 +315,9 @@ def test_existing_output_is_refused_and_overwritten_when_asked(
 ) -> None:
     run(corpus)
     before = read_bytes(tmp_path / "out")
-    (tmp_path / "out" / "arrow" / "notes.txt").write_text("keep me")
+    foreign = [tmp_path / "out" / "arrow" / "notes.txt", tmp_path / "out" / "cache" / "shards" / "mine.npz"]
+    for path in foreign:
+        path.write_text("keep me")
     with pytest.raises(UserError, match="--overwrite"):
         run(corpus)
     with pytest.raises(UserError, match="--overwrite"):
@@ -323,8 +325,8 @@ def test_existing_output_is_refused_and_overwritten_when_asked(
     stats = run(corpus, num_bins=3, overwrite=True)
     assert stats["num_bins"] == 3
     assert len(list((tmp_path / "out" / "arrow").glob("part-*"))) == 3
-    assert (tmp_path / "out" / "arrow" / "notes.txt").read_text() == "keep me"
-    (tmp_path / "out" / "arrow" / "notes.txt").unlink()
+    assert [path.read_text() for path in foreign] == ["keep me"] * 2
+    foreign[0].unlink()
     run(corpus, overwrite=True)
     assert read_bytes(tmp_path / "out") == before
 

@@ -1,0 +1,64 @@
+"""The seam: the same results from this process and from several, and a worker that dies is reported."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from colossal_llama.dataset.workers import LocalWorkers, open_workers
+from colossal_llama.utils.errors import UserError
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def die(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def complain(number: int) -> int:
+    raise UserError([f"problem {number}", "another"])
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_every_task_once(num_workers: int) -> None:
+    with open_workers("none", num_workers, [square]) as workers:
+        assert sorted(workers.run(square, range(20))) == [(i, i * i) for i in range(20)]
+        assert list(workers.run(square, [])) == []
+        assert sorted(workers.run(square, [3])) == [(0, 9)]
+
+
+def test_tasks_are_taken_no_faster_than_they_are_done() -> None:
+    taken = []
+
+    def tasks():
+        for number in range(50):
+            taken.append(number)
+            yield number
+
+    with LocalWorkers(2, [square]) as workers:
+        for count, _ in enumerate(workers.run(square, tasks()), start=1):
+            assert len(taken) <= count + 4
+
+
+def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
+    with LocalWorkers(2, [die]) as workers, pytest.raises(UserError, match="fewer --num_workers"):
+        list(workers.run(die, range(4)))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_users_errors_pass_through(num_workers: int) -> None:
+    with (
+        LocalWorkers(num_workers, [complain]) as workers,
+        pytest.raises(UserError, match=r"problem 0\nanother"),
+    ):
+        list(workers.run(complain, [0]))
+
+
+def test_other_places_are_refused() -> None:
+    with pytest.raises(UserError, match="--ray_address 10.0.0.1:6379: not available yet"):
+        open_workers("10.0.0.1:6379", 2, [square])
