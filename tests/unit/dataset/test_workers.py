@@ -60,5 +60,5 @@ def test_users_errors_pass_through(num_workers: int) -> None:
 
 
 def test_other_places_are_refused() -> None:
-    with pytest.raises(UserError, match="--ray_address 10.0.0.1:6379: not available yet"):
+    with pytest.raises(UserError, match=r"--ray_address 10.0.0.1:6379: not available yet"):
         open_workers("10.0.0.1:6379", 2, [square])
