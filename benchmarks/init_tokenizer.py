@@ -1,4 +1,4 @@
-"""Measures init_tokenizer.py as a whole process: 37,104 pieces added to a 32,000-piece LLaMA-2 style tokenizer.
+"""Measures init_tokenizer.py as a whole process: 37,104 pieces for a 32,000-piece LLaMA-2 style tokenizer.
 
 Without `--source_tokenizer_dir` it trains such a tokenizer on made-up words first. The pieces are made up
 too: Chinese words of one to four characters with a natural distribution of frequencies.

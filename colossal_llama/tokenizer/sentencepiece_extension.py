@@ -79,6 +79,37 @@ class SentencePieceSource:
         legacy = self.files.config.get("legacy")
         return True if legacy is None else bool(legacy)
 
+    @property
+    def skips_prefix_before_spaces(self) -> bool:
+        """Whether `tokenizer.json` has Metaspace put the dummy prefix, as transformers converts it.
+
+        Metaspace leaves the prefix out before a text that starts with a space; the slow tokenizer does not.
+        """
+        fast = self.files.fast or {}
+        pre_tokenizer = fast.get("pre_tokenizer") or {}
+        return (
+            not self.legacy
+            and not fast.get("normalizer")
+            and pre_tokenizer.get("type") == "Metaspace"
+            and pre_tokenizer.get("prepend_scheme") == "first"
+        )
+
+    @property
+    def has_ambiguous_prefix(self) -> bool:
+        """Whether slow and fast tokenizer understand `"add_prefix_space": null` differently."""
+        states_null = (
+            "add_prefix_space" in self.files.config and self.files.config["add_prefix_space"] is None
+        )
+        return states_null and not self.legacy and self._fast_puts_prefix()
+
+    def _fast_puts_prefix(self) -> bool:
+        fast = self.files.fast or {}
+        normalizer, pre_tokenizer = fast.get("normalizer") or {}, fast.get("pre_tokenizer") or {}
+        steps = normalizer.get("normalizers", [normalizer])
+        return pre_tokenizer.get("prepend_scheme", "never") != "never" or any(
+            step.get("type") == "Prepend" for step in steps
+        )
+
     def extend(self, listed: ListedPieces, unreachable_mode: str) -> VocabularyExtension:
         """See `extend_sentencepiece`."""
         return extend_sentencepiece(self, listed, unreachable_mode)
@@ -184,10 +215,16 @@ def extend_sentencepiece(
 
 
 def sentencepiece_files(source: SentencePieceSource, extension: VocabularyExtension) -> dict[str, bytes]:
-    """The two vocabulary files of the extended tokenizer: file name -> content."""
+    """The files of the extended tokenizer that differ from the source's: file name -> content."""
+    import orjson
+
     new_pieces = [*extension.added, *extension.characters, *extension.intermediates]
     proto = _extended_proto(source, new_pieces)
-    return {SENTENCEPIECE_FILE: proto.SerializeToString(), FAST_FILE: _fast_tokenizer(source, proto)}
+    files = {SENTENCEPIECE_FILE: proto.SerializeToString(), FAST_FILE: _fast_tokenizer(source, proto)}
+    if source.has_ambiguous_prefix:
+        config = {key: value for key, value in source.files.config.items() if key != "add_prefix_space"}
+        files[CONFIG_FILE] = orjson.dumps(config, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    return files
 
 
 def next_lower_score(score: float) -> float:
@@ -200,7 +237,8 @@ def next_lower_score(score: float) -> float:
     current = np.float32(score)
     lower = np.float32(current - np.float32(1))
     if not lower < current:
-        lower = np.nextafter(current, np.float32(-np.inf))
+        with np.errstate(over="ignore"):
+            lower = np.nextafter(current, np.float32(-np.inf))
     if not np.isfinite(lower):
         raise UserError(f"{SENTENCEPIECE_FILE}: its lowest score is {score}; no score is left below it")
     return float(lower)
@@ -230,17 +268,15 @@ def _notes(source: SentencePieceSource) -> list[str]:
             "slow and "
             "fast tokenizers split them differently"
         )
-    fast = source.files.fast
-    if (
-        fast
-        and not source.legacy
-        and not fast["normalizer"]
-        and source.files.config.get("add_prefix_space", True)
-    ):
+    if source.skips_prefix_before_spaces:
         notes.append(
-            f"{FAST_FILE} of the source leaves out the space that {SENTENCEPIECE_FILE} puts before a text "
-            "that starts "
-            "with a space; it is kept as it is"
+            f"the source's {FAST_FILE} leaves out the dummy prefix before a text that starts with a space, "
+            f"{SENTENCEPIECE_FILE} does not; the new {FAST_FILE} has it too"
+        )
+    if source.has_ambiguous_prefix:
+        notes.append(
+            f"'add_prefix_space: null' in the source's {CONFIG_FILE} means yes to the fast tokenizer and no "
+            "to the slow one; it is left out of the new one, and both put the prefix"
         )
     if source.outside:
         notes.append(
@@ -274,6 +310,8 @@ def _fast_tokenizer(source: SentencePieceSource, proto: Any) -> bytes:
         fast = _new_fast_tokenizer(source)
     else:
         _check_fast_matches(source, fast)
+        if source.skips_prefix_before_spaces:
+            fast = {**fast, "normalizer": _prefix_before_spaces()}
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     merges = merges_by_score({piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL})
     return orjson.dumps({**fast, "model": {**fast["model"], "vocab": vocabulary, "merges": merges}})
@@ -317,13 +355,10 @@ def _new_fast_tokenizer(source: SentencePieceSource) -> dict[str, Any]:
     """An empty `tokenizer.json` that does what transformers' slow tokenizer does with this configuration.
 
     With `legacy` on, sentencepiece itself puts the dummy prefix before every stretch between special tokens;
-    with it off, transformers puts one before the text. Metaspace, which transformers 4.51's conversion uses
-    for the latter, leaves the prefix out when the text starts with a space, so a normalizer puts it there
-    first. (It does so after a special token too: there alone, before a space, the fast form has one space
-    more than the slow one.)
+    with it off, transformers puts one before the text.
     """
     import orjson
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     config = source.files.config
     add_prefix_space = config.get("add_prefix_space", True)
@@ -336,8 +371,6 @@ def _new_fast_tokenizer(source: SentencePieceSource) -> dict[str, Any]:
             steps.insert(0, normalizers.Prepend(SPACE_SYMBOL))
         tokenizer.normalizer = normalizers.Sequence(steps)
     else:
-        if add_prefix_space:
-            tokenizer.normalizer = normalizers.Replace(Regex(rf"\A(?=[ {SPACE_SYMBOL}])"), SPACE_SYMBOL)
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
             SPACE_SYMBOL, prepend_scheme="first" if add_prefix_space else "never", split=False
         )
@@ -346,9 +379,21 @@ def _new_fast_tokenizer(source: SentencePieceSource) -> dict[str, Any]:
         decoding.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(decoding)
     fast = orjson.loads(tokenizer.to_str())
+    if not source.legacy and add_prefix_space:
+        fast["normalizer"] = _prefix_before_spaces()
     fast["added_tokens"] = _added_token_entries(source)
     fast["post_processor"] = _post_processor(source)
     return fast
+
+
+def _prefix_before_spaces() -> dict[str, Any]:
+    """A normalizer that puts the dummy prefix where Metaspace does not: before a text starting with a space.
+
+    It sees the stretches between special tokens one by one, not which is the first. So after a special token,
+    before a space, and there alone, the fast form has one space more than the slow one.
+    """
+    pattern = {"Regex": rf"\A(?=[ {SPACE_SYMBOL}])"}
+    return {"type": "Replace", "pattern": pattern, "content": SPACE_SYMBOL}
 
 
 def _added_token_entries(source: SentencePieceSource) -> list[dict[str, Any]]:

@@ -1,0 +1,195 @@
+"""Measures init_model.py against copying the same bytes on the same disk: LLaMA-2-7B widths, 37,104 pieces.
+
+It makes a model of random weights (hidden size 4096, 32,000 rows, bf16, shards of 5 GB) with as many layers
+as asked for, and extends it to a made-up tokenizer. Both sides end with their bytes on the disk (fsync), and
+both sources are in the disk cache as far as it has room for them.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from colossal_llama.utils.arguments import ArgumentParser, positive_int
+from colossal_llama.utils.console import format_table, log
+from colossal_llama.utils.errors import run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+HIDDEN, INTERMEDIATE, SOURCE_ROWS, NEW_ROWS = 4096, 11008, 32000, 37104
+SHARD_BYTES = 5 * 10**9
+RATIO, SLACK_SECONDS, MEMORY_RATIO, MEMORY_SLACK_BYTES = 2.0, 6.0, 1.5, 0.5e9
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="init_model.py", description=__doc__)
+    parser.add_argument(
+        "--num_layers", type=positive_int, default=32, help="layers; 32 is LLaMA-2-7B, 13.5 GB"
+    )
+    parser.add_argument(
+        "--repeats", type=positive_int, default=3, help="runs of each side; the median counts"
+    )
+    parser.add_argument(
+        "--work_dir", type=Path, help="where the models go (default: the temporary directory)"
+    )
+    return parser
+
+
+def tensor_shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
+    """LLaMA-2-7B's tensors, in the order of its files."""
+    shapes = {"model.embed_tokens.weight": (SOURCE_ROWS, HIDDEN)}
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}"
+        for name in "qkvo":
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (HIDDEN, HIDDEN)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (INTERMEDIATE, HIDDEN)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (INTERMEDIATE, HIDDEN)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
+        shapes[f"{prefix}.input_layernorm.weight"] = (HIDDEN,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (HIDDEN,)
+    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (SOURCE_ROWS, HIDDEN)}
+
+
+def make_model(directory: Path, num_layers: int) -> None:
+    """Writes random bf16 weights in shards, with index and config."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    noise = torch.randn(SOURCE_ROWS * HIDDEN).bfloat16()
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, shape in tensor_shapes(num_layers).items():
+        num_bytes = 2 * torch.Size(shape).numel()
+        if size + num_bytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += num_bytes
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {key: noise[: torch.Size(s).numel()].view(s).clone() for key, s in shard.items()}
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    config = {"model_type": "llama", "vocab_size": SOURCE_ROWS, "tie_word_embeddings": False}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def make_inputs(source: Path, tokenizer: Path, num_layers: int) -> None:
+    """Makes the source model with its tokenizer, and the extended tokenizer."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from init_tokenizer import train_source, write_pieces
+
+    train_source(source, SOURCE_ROWS)
+    pieces = source / "pieces.jsonl"
+    write_pieces(pieces, NEW_ROWS)
+    script = ROOT / "colossal_llama" / "tokenizer" / "init_tokenizer.py"
+    command = [
+        sys.executable,
+        str(script),
+        f"--source_tokenizer_dir={source}",
+        f"--expand_tokens_file={pieces}",
+    ]
+    run([*command, f"--target_tokenizer_dir={tokenizer}"])
+    make_model(source, num_layers)
+
+
+def run(command: list[str]) -> tuple[float, int]:
+    """Wall-clock seconds and peak memory (bytes) of one process."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed: run it by hand to see why")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds to copy a directory's weights and to have them on the disk."""
+    start = time.perf_counter()
+    target.mkdir()
+    for path in sorted(source.glob("*.safetensors")):
+        shutil.copyfile(path, target / path.name)
+        with open(target / path.name, "rb") as file:
+            os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    log(
+        f"Python {platform.python_version()}, torch {version('torch')}, "
+        f"{len(os.sched_getaffinity(0))} cores, {platform.platform()}"
+    )
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as name:
+        work = Path(name)
+        source, target, copied = work / "source", work / "target", work / "copy"
+        source.mkdir()
+        tokenizer = work / "tokenizer"
+        # In a process of its own: the peak memory of a child counts from its parent's.
+        maker = multiprocessing.get_context("spawn").Process(
+            target=make_inputs, args=(source, tokenizer, args.num_layers)
+        )
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise RuntimeError("the source model could not be made; see above")
+        script = ROOT / "colossal_llama" / "model" / "init_model.py"
+        command = [sys.executable, str(script), f"--source_model_and_tokenizer_path={source}"]
+        command += [f"--target_tokenizer_path={tokenizer}", f"--target_model_path={target}"]
+        run(command)  # warms the disk cache
+        extensions, copies = [], []
+        for _ in range(args.repeats):
+            shutil.rmtree(target)
+            os.sync()
+            extensions.append(run(command))
+            os.sync()
+            copies.append(copy(target, copied))
+            shutil.rmtree(copied)
+        rows = json.loads((target / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        output = weight_bytes(target)
+    seconds = statistics.median(run[0] for run in extensions)
+    copy_seconds = statistics.median(copies)
+    peak = max(run[1] for run in extensions)
+    matrices = 2 * rows * HIDDEN * 2
+    log(
+        format_table(
+            ["init_model.py", "figure"],
+            [
+                ("layers", args.num_layers),
+                ("rows of the target", rows),
+                ("output, GB", output / 1e9),
+                ("init_model.py, median s", seconds),
+                ("copying the output, median s", copy_seconds),
+                ("ratio", seconds / copy_seconds),
+                ("peak memory, GB", peak / 1e9),
+                ("two embedding matrices, GB", matrices / 1e9),
+            ],
+        )
+    )
+    log("all runs, s: " + ", ".join(f"{run[0]:.1f}" for run in extensions))
+    log("all copies, s: " + ", ".join(f"{copy:.1f}" for copy in copies))
+    fast = seconds <= RATIO * copy_seconds + SLACK_SECONDS
+    small = peak <= MEMORY_RATIO * matrices + MEMORY_SLACK_BYTES
+    log(f"Promise: at most {RATIO:g} x copying + {SLACK_SECONDS:g} s: {'kept' if fast else 'NOT kept'}")
+    log(f"Promise: at most {MEMORY_RATIO:g} x the two matrices + 0.5 GB: {'kept' if small else 'NOT kept'}")
+
+
+if __name__ == "__main__":
+    run_command(main)
