@@ -1,0 +1,465 @@
+"""Extended models against a row-by-row float64 reference, and byte for byte in everything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from colossal_llama.model import init_model
+from colossal_llama.model.embedding_extension import mean_of_all_rows, mean_rows, plan_rows
+from colossal_llama.tokenizer import init_tokenizer
+from colossal_llama.utils.errors import UserError
+
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+WORDS = ["人工智能", "人工", "▁the moon", "图书馆", "é", " 人"]
+
+
+def run(module: Any, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> None:
+    """Calls a script's `main` with these flags."""
+    monkeypatch.setattr("sys.argv", ["script", *(f"--{name}={value}" for name, value in flags.items())])
+    module.main()
+
+
+@pytest.fixture
+def extend_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    def extend(source: Path, unreachable: str = "add") -> Path:
+        pieces, target = tmp_path / "pieces.jsonl", tmp_path / "tokenizer"
+        pieces.write_text("".join(json.dumps({"piece": word}) + "\n" for word in WORDS))
+        run(
+            init_tokenizer,
+            monkeypatch,
+            source_tokenizer_dir=source,
+            target_tokenizer_dir=target,
+            expand_tokens_file=pieces,
+            unreachable=unreachable,
+        )
+        return target
+
+    return extend
+
+
+@pytest.fixture
+def extend_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, torch.Tensor]]:
+    def extend(source: Path, tokenizer: Path, target: Path, **flags: Any) -> dict[str, torch.Tensor]:
+        run(
+            init_model,
+            monkeypatch,
+            source_model_and_tokenizer_path=source,
+            target_tokenizer_path=tokenizer,
+            target_model_path=target,
+            **flags,
+        )
+        return read_weights(target)
+
+    return extend
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+    for path in sorted(directory.glob("*.bin")):
+        tensors |= torch.load(path, weights_only=True)
+    return tensors
+
+
+def change_source(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype = torch.float32,
+    extra_rows: int = 0,
+    tied: bool = False,
+    num_shards: int = 1,
+    bin: bool = False,
+) -> Path:
+    """A copy of a model in another dtype, padded, tied, sharded or as `.bin`."""
+    shutil.copytree(source, target)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(target / "model.safetensors").items()}
+    (target / "model.safetensors").unlink()
+    config = json.loads((target / "config.json").read_text())
+    if extra_rows:
+        for name in EMBEDDINGS:
+            padding = torch.full((extra_rows, tensors[name].shape[1]), 0.25, dtype=dtype)
+            tensors[name] = torch.cat([tensors[name], padding])
+        config["vocab_size"] += extra_rows
+    if tied:
+        del tensors["lm_head.weight"]
+        config["tie_word_embeddings"] = True
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config))
+    names = sorted(tensors)
+    shards = [dict.fromkeys(names[i::num_shards]) for i in range(num_shards)]
+    stem, suffix = ("pytorch_model", ".bin") if bin else ("model", ".safetensors")
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        content = {name: tensors[name] for name in shard}
+        file = f"{stem}{suffix}" if num_shards == 1 else f"{stem}-{number:05d}-of-{num_shards:05d}{suffix}"
+        weight_map |= dict.fromkeys(shard, file)
+        if bin:
+            torch.save(content, target / file)
+        else:
+            save_file(content, target / file, metadata={"format": "pt"})
+    if num_shards > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (target / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    return target
+
+
+def subtokens(source: Path, tokenizer: Path) -> dict[int, list[int]]:
+    """New id -> source ids of its text, as transformers finds them after a character that joins nothing."""
+    from transformers import AutoTokenizer
+
+    old, new = (AutoTokenizer.from_pretrained(d, use_fast=False) for d in (source, tokenizer))
+    barrier = len(old("\n", add_special_tokens=False).input_ids)
+    return {
+        token_id: old("\n" + token.replace("▁", " "), add_special_tokens=False).input_ids[barrier:]
+        for token, token_id in new.get_vocab().items()
+        if token_id >= len(old)
+    }
+
+
+def check_rows(
+    source: dict[str, torch.Tensor],
+    target: dict[str, torch.Tensor],
+    means: dict[int, list[int]],
+    num_old: int,
+) -> None:
+    assert source.keys() == target.keys()
+    for name in source:
+        if name not in EMBEDDINGS:
+            assert target[name].dtype == source[name].dtype
+            assert torch.equal(target[name].view(torch.uint8), source[name].view(torch.uint8))
+            continue
+        assert torch.equal(target[name][:num_old], source[name][:num_old])
+        for row, ids in means.items():
+            exact = sum(source[name][i].double() for i in ids) / len(ids)
+            step = torch.finfo(target[name].dtype).eps
+            torch.testing.assert_close(target[name][row].double(), exact, rtol=step, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"num_shards": 3},
+        {"bin": True},
+        {"bin": True, "num_shards": 2},
+        {"tied": True},
+        {"extra_rows": 12},
+        {"extra_rows": 100},
+    ],
+    ids=str,
+)
+def test_every_form_of_source(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    extend_tokenizer: Callable,
+    extend_model: Callable,
+    dtype: torch.dtype,
+    shape: dict[str, Any],
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = change_source(tiny_model_dir, tmp_path / "source", dtype, **shape)
+    tokenizer = extend_tokenizer(source)
+    target = extend_model(source, tokenizer, tmp_path / "target")
+    means = subtokens(source, tokenizer)
+    assert len(means) > len(WORDS)
+    check_rows(read_weights(source), target, means, 500)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "target", torch_dtype="auto", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    assert model.dtype == dtype
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "target"))
+    assert model.get_input_embeddings().weight.shape[0] == 500 + len(means)
+    assert not list((tmp_path / "target").glob("*.tmp"))
+    with safe_open(next((tmp_path / "target").glob("*.safetensors")), "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_byte_level_model(
+    llama3_tokenizer_dir: Path,
+    root: Path,
+    tmp_path: Path,
+    extend_tokenizer: Callable,
+    extend_model: Callable,
+) -> None:
+    """Special tokens sit between the old ids and the new ones; partial characters have rows as well."""
+    from transformers import AutoTokenizer
+
+    from colossal_llama.tokenizer.byte_alphabet import token_bytes
+
+    source = make_llama3_model(llama3_tokenizer_dir, root, tmp_path / "source")
+    tokenizer = extend_tokenizer(source)
+    target = extend_model(source, tokenizer, tmp_path / "target")
+    old, new = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tokenizer)
+    means = {}
+    for token, token_id in new.get_vocab().items():
+        if token_id >= len(old):
+            try:
+                text = token_bytes(token).decode()
+            except UnicodeDecodeError:
+                # In this small vocabulary, parts of Chinese characters are single bytes.
+                means[token_id] = [old.convert_tokens_to_ids(character) for character in token]
+            else:
+                means[token_id] = old(text, add_special_tokens=False).input_ids
+    assert len(means) > len(WORDS)
+    check_rows(read_weights(source), target, means, len(old))
+
+
+def make_llama3_model(tokenizer_dir: Path, root: Path, target: Path) -> Path:
+    from conftest import load_script
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tokenizer_dir, target)
+    rows = len(AutoTokenizer.from_pretrained(tokenizer_dir))
+    maker = load_script(root / "examples" / "make_base_model.py")
+    maker.make_model(target, rows, hidden_size=64, num_layers=1, num_heads=4, max_positions=64, seed=0)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("flag", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_dtype(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    extend_tokenizer: Callable,
+    extend_model: Callable,
+    flag: str,
+    dtype: torch.dtype,
+) -> None:
+    source = change_source(
+        tiny_model_dir, tmp_path / "source", torch.float32 if flag != "fp32" else torch.bfloat16
+    )
+    inverse = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(8)}
+    save_file(
+        load_file(source / "model.safetensors") | inverse, source / "model.safetensors", {"format": "pt"}
+    )
+    target = extend_model(source, extend_tokenizer(source), tmp_path / "target", dtype=flag)
+    for name, tensor in read_weights(source).items():
+        if "inv_freq" in name:
+            assert target[name].dtype == torch.float32
+        else:
+            assert target[name].dtype == dtype
+        if name not in EMBEDDINGS:
+            assert torch.equal(target[name], tensor.to(target[name].dtype))
+        else:
+            assert torch.equal(target[name][:500], tensor.to(dtype))
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_values_too_large_for_fp16(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    source = change_source(tiny_model_dir, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight: .*too large for float16"):
+        extend_model(source, extend_tokenizer(source), tmp_path / "target", dtype="fp16")
+    assert not list((tmp_path / "target").iterdir())
+
+
+def test_padding(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    tokenizer = extend_tokenizer(tiny_model_dir)
+    target = extend_model(tiny_model_dir, tokenizer, tmp_path / "target", pad_to_multiple_of=64)
+    source = read_weights(tiny_model_dir)
+    for name in EMBEDDINGS:
+        assert target[name].shape[0] == 576
+        mean = source[name].double().mean(0).float()
+        torch.testing.assert_close(target[name][-1], mean)
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["vocab_size"] == 576
+
+
+def test_target_may_be_the_tokenizer_and_runs_can_be_repeated(
+    tiny_model_dir: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    tokenizer = extend_tokenizer(tiny_model_dir)
+    first = extend_model(tiny_model_dir, tokenizer, tokenizer)
+    second = extend_model(tiny_model_dir, tokenizer, tokenizer)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tokenizer / "generation_config.json").exists()
+
+
+def test_killed_run_never_looks_finished(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    extend_tokenizer: Callable,
+    extend_model: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = extend_tokenizer(tiny_model_dir)
+    source = change_source(tiny_model_dir, tmp_path / "source", num_shards=3)
+    extend_model(source, tokenizer, tmp_path / "target")
+    from colossal_llama.model import model_extension
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_extension, "_check_shard", die)
+    with pytest.raises(KeyboardInterrupt):
+        extend_model(source, tokenizer, tmp_path / "target")
+    assert not (tmp_path / "target" / "config.json").exists()
+
+
+def test_damage_is_found_before_success_is_printed(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    extend_tokenizer: Callable,
+    extend_model: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from colossal_llama.model import model_extension
+
+    monkeypatch.setattr(model_extension, "mean_rows", lambda matrix, ids: mean_rows(matrix, ids) * 1.01)
+    with pytest.raises(UserError, match=r"weight: rows 500 to 514 are not"):
+        extend_model(tiny_model_dir, extend_tokenizer(tiny_model_dir), tmp_path / "target")
+    assert not (tmp_path / "target" / "config.json").exists()
+
+
+def swap_ids(tokenizer: Path) -> None:
+    path = tokenizer / "tokenizer.model"
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    proto.pieces[300].piece, proto.pieces[301].piece = proto.pieces[301].piece, proto.pieces[300].piece
+    path.write_bytes(proto.SerializeToString())
+
+
+def test_ids_that_change_their_meaning_are_refused(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    tokenizer = extend_tokenizer(tiny_model_dir)
+    swap_ids(tokenizer)
+    with pytest.raises(UserError) as caught:
+        extend_model(tiny_model_dir, tokenizer, tmp_path / "target")
+    assert "id 300 is" in caught.value.problems[0]
+    assert not (tmp_path / "target").exists()
+
+
+def test_other_weights_in_the_target_are_refused(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="holds other weights"):
+        extend_model(tiny_model_dir, extend_tokenizer(tiny_model_dir), tmp_path / "target")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda source: truncate(source / "model.safetensors"), "damaged safetensors file"),
+        (
+            lambda source: (source / "model.safetensors").write_bytes(b"abc"),
+            "not a complete safetensors file",
+        ),
+        (
+            lambda source: (source / "model.safetensors").write_bytes(b"\x10" + bytes(40)),
+            "damaged safetensors",
+        ),
+        (lambda source: (source / "model.safetensors").unlink(), "no model weights"),
+    ],
+)
+def test_damaged_sources(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    extend_tokenizer: Callable,
+    extend_model: Callable,
+    damage: Callable[[Path], Any],
+    reason: str,
+) -> None:
+    source = change_source(tiny_model_dir, tmp_path / "source")
+    tokenizer = extend_tokenizer(source)
+    damage(source)
+    with pytest.raises(UserError, match=reason):
+        extend_model(source, tokenizer, tmp_path / "target")
+
+
+def test_pickles_are_not_executed(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    source = change_source(tiny_model_dir, tmp_path / "source")
+    tokenizer = extend_tokenizer(source)
+    (source / "model.safetensors").unlink()
+    torch.save({"x": Evil(tmp_path / "executed")}, source / "pytorch_model.bin")
+    with pytest.raises(UserError, match="can't be loaded as plain weights"):
+        extend_model(source, tokenizer, tmp_path / "target")
+    assert not (tmp_path / "executed").exists()
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def test_missing_head_is_an_error_unless_tied(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    source = change_source(tiny_model_dir, tmp_path / "source", tied=True)
+    config = json.loads((source / "config.json").read_text())
+    config["tie_word_embeddings"] = False
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"no tensor lm_head\.weight"):
+        extend_model(source, extend_tokenizer(source), tmp_path / "target")
+
+
+def test_plan_of_a_padded_vocabulary() -> None:
+    """Six source rows, of which two are padding; three tokens more; padded to a multiple of four."""
+    source = dict(enumerate(["<s>", "a", "b", "c"]))
+    target = dict(enumerate(["<s>", "a", "b", "c", "ab", "bc", "abc"]))
+    plan = plan_rows(source, target, 6, 4, lambda tokens: [[ord(c) - 96 for c in token] for token in tokens])
+    assert plan.segments == [("kept", 0, 4), ("new", 4, 7), ("padding", 7, 8)]
+    assert plan.subtokens == {4: [1, 2], 5: [2, 3], 6: [1, 2, 3]}
+    assert (plan.num_rows, plan.num_source_tokens) == (8, 4)
+
+
+def test_special_tokens_between_old_and_new_ids() -> None:
+    source = {0: "a", 1: "b", 2: "<eot>"}
+    plan = plan_rows(source, {**source, 3: "ab"}, 3, 1, lambda tokens: [[0, 1] for _ in tokens])
+    assert plan.segments == [("kept", 0, 3), ("new", 3, 4)]
+
+
+def test_token_without_text_in_the_source_is_refused() -> None:
+    with pytest.raises(UserError, match="no text"):
+        plan_rows({0: "a"}, {0: "a", 1: "?"}, 1, 1, lambda tokens: [[] for _ in tokens])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_means_against_float64(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(300, 48, generator=generator).to(dtype)
+    lists = [
+        torch.randint(0, 300, (int(length),), generator=generator).tolist()
+        for length in torch.randint(1, 30, (500,), generator=generator)
+    ]
+    means = mean_rows(matrix, lists)
+    assert means.dtype == torch.float32
+    for row, ids in zip(means, lists, strict=True):
+        torch.testing.assert_close(row.double(), matrix[ids].double().mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        mean_of_all_rows(matrix, 200, 7).double(), matrix[:200].double().mean(0), rtol=1e-6, atol=1e-7
+    )
