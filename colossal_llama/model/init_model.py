@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import ArgumentParser, existing_directory, positive_int
 from colossal_llama.utils.console import format_table, log, progress_bar
 from colossal_llama.utils.errors import UserError, run_command
@@ -60,8 +61,8 @@ def _check_directories(args: argparse.Namespace) -> list[str]:
     problems = []
     if not (source / CONFIG_FILE).exists():
         problems.append(f"--source_model_and_tokenizer_path {source}: no {CONFIG_FILE} in it")
-    if target.exists() and not target.is_dir():
-        problems.append(f"--target_model_path {target}: is not a directory")
+    if objection := objection_to_output(target):
+        problems.append(f"--target_model_path {target}: {objection}")
     elif target.exists() and target.samefile(source):
         problems.append(f"--target_model_path {target}: is the source directory; the source is never changed")
     return problems

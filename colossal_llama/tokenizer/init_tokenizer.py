@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from colossal_llama.tokenizer.extension import REPORT_FILE, UNREACHABLE_MODES, VocabularyExtension
+from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import ArgumentParser, existing_directory, existing_file
 from colossal_llama.utils.console import format_table, log, warn
 from colossal_llama.utils.errors import UserError, run_command
@@ -51,8 +52,8 @@ def build_parser() -> ArgumentParser:
 
 def _check_directories(args: argparse.Namespace) -> list[str]:
     source, target = args.source_tokenizer_dir, args.target_tokenizer_dir
-    if target.exists() and not target.is_dir():
-        return [f"--target_tokenizer_dir {target}: is not a directory"]
+    if objection := objection_to_output(target):
+        return [f"--target_tokenizer_dir {target}: {objection}"]
     if target.exists() and target.samefile(source):
         return [f"--target_tokenizer_dir {target}: is the source directory; the source is never changed"]
     weights = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in target.glob(pattern))

@@ -6,12 +6,14 @@ kept, and only pieces that the extended tokenizer really produces.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import (
     ArgumentParser,
     add_seed,
@@ -29,9 +31,10 @@ if TYPE_CHECKING:
     from colossal_llama.tokenizer.source import ExtensibleSource
 
 # Stretches of text that pieces may be learned from; everything else separates them.
-HAN = "〇々㐀-䶿一-鿿豈-﫿𠀀-𲎯"
+HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+KANA_AND_HANGUL = "\u3040-\u30ff\u31f0-\u31ff\uac00-\ud7a3"
 CHARACTER_FILTERS = {
-    "cjk": f"[{HAN}぀-ヿㇰ-ㇿ가-힯]+",
+    "cjk": f"[{HAN}{KANA_AND_HANGUL}]+",
     "han": f"[{HAN}]+",
     "all": r"[^\r\n]+",
 }
@@ -81,7 +84,16 @@ def build_parser() -> ArgumentParser:
         "each)",
     )
     add_seed(parser)
+    parser.add_check(_check_output)
     return parser
+
+
+def _check_output(args: argparse.Namespace) -> list[str]:
+    # Before hours of training, not after.
+    objection = objection_to_output(args.output_file.parent)
+    if objection is None and args.output_file.is_dir():
+        objection = "is a directory"
+    return [f"--output_file {args.output_file}: {objection}"] if objection else []
 
 
 def read_stretches(texts: Iterable[str], character_filter: str) -> Iterator[str]:

@@ -10,6 +10,18 @@ from pathlib import Path
 from colossal_llama.utils.files import sync_directory
 
 
+def objection_to_output(directory: Path) -> str | None:
+    """Why no file can be put into `directory`, which need not exist yet; None when one can."""
+    existing = directory.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return "is not a directory" if existing == directory.absolute() else f"{existing} is not a directory"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} can't be written to"
+    return None
+
+
 def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[str]) -> None:
     """Writes `contents` beside `directory`, then moves them in.
 
