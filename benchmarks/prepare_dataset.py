@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ MEGABYTE = 1 << 20
 @dataclass
 class Run:
     seconds: float
+    cpu_seconds: float  # user and system, all processes
     peak_main: int  # bytes, resident
     peak_worker: int  # bytes, resident, the largest worker
     peak_all: int  # bytes, proportional set size of all processes together
@@ -160,19 +162,24 @@ def read_texts(directory: Path, kind: str, megabytes: int) -> list[str]:
     return texts
 
 
-def measure_bare_tokenizer(tokenizer_dir: Path, texts: list[str], num_threads: int) -> tuple[float, int]:
-    """(seconds, tokens) of the Rust tokenizer on texts in memory, in batches of 1,024, ids taken as lists."""
+def measure_bare_tokenizer(
+    tokenizer_dir: Path, texts: list[str], num_threads: int
+) -> tuple[float, float, int]:
+    """The Rust tokenizer on texts in memory, in batches of 1,024, ids taken as lists.
+
+    Returns (seconds, CPU seconds of all threads, tokens); starting and loading are not counted.
+    """
     code = (
         "import json, sys, time\n"
         "from transformers import AutoTokenizer\n"
         "backend = AutoTokenizer.from_pretrained(sys.argv[1]).backend_tokenizer\n"
         "texts = json.load(open(sys.argv[2]))\n"
         "backend.encode_batch_fast(texts[:1024], add_special_tokens=False)\n"
-        "started, tokens = time.perf_counter(), 0\n"
+        "started, cpu, tokens = time.perf_counter(), time.process_time(), 0\n"
         "for i in range(0, len(texts), 1024):\n"
         "    batch = backend.encode_batch_fast(texts[i:i + 1024], add_special_tokens=False)\n"
         "    tokens += sum(len(e.ids) for e in batch)\n"
-        "print(time.perf_counter() - started, tokens)\n"
+        "print(time.perf_counter() - started, time.process_time() - cpu, tokens)\n"
     )
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(texts, file)
@@ -185,8 +192,8 @@ def measure_bare_tokenizer(tokenizer_dir: Path, texts: list[str], num_threads: i
             text=True,
             env=environment,
         ).stdout
-    seconds, tokens = output.split()
-    return float(seconds), int(tokens)
+    seconds, cpu_seconds, tokens = output.split()
+    return float(seconds), float(cpu_seconds), int(tokens)
 
 
 def run_script(script: str, arguments: list[str]) -> Run:
@@ -199,15 +206,22 @@ def run_script(script: str, arguments: list[str]) -> Run:
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    run = Run(0.0, 0, 0, 0)
+    run = Run(0.0, 0.0, 0, 0, 0)
+    cpu_before = _cpu_of_children()
     watcher = threading.Thread(target=_watch_memory, args=(process, run))
     watcher.start()
     _, errors = process.communicate()
     run.seconds = time.perf_counter() - started
+    run.cpu_seconds = _cpu_of_children() - cpu_before
     watcher.join()
     if process.returncode:
         raise RuntimeError(f"{script} failed:\n{errors}")
     return run
+
+
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _watch_memory(process: subprocess.Popen, run: Run) -> None:
@@ -286,12 +300,19 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
         for _ in range(args.repeats):  # in turns, so that a busy machine slows both
             bare.append(measure_bare_tokenizer(tokenizer_dir, texts, args.num_workers))
             ours.append(prepare(kind, data_dir, tokenizer_dir, args, work_dir / "out"))
-        seconds, num_tokens = min(bare)
+        seconds, _, num_tokens = min(bare)
+        cpu_ratio = min(cpu for _, cpu, _ in bare) / min(run.cpu_seconds for run, _ in ours)
         run, stats = min(ours, key=lambda item: item[0].seconds)
         # Tokens of the texts alone on both sides: what the SFT template adds is not counted as work done.
         bare_speed, our_speed = num_tokens / seconds, num_tokens / run.seconds
         fill = stats["rows"]["fill_without_last_rows"]
-        figures = [f"{bare_speed:,.0f}", f"{our_speed:,.0f}", our_speed / bare_speed, f"{100 * fill:.2f} %"]
+        figures = [
+            f"{bare_speed:,.0f}",
+            f"{our_speed:,.0f}",
+            our_speed / bare_speed,
+            cpu_ratio,
+            f"{100 * fill:.2f} %",
+        ]
         speed.append([kind, num_tokens, *figures])
         memory.append(_memory_line(f"{kind} {args.size_mb} MB", run))
         sizes = [10] * args.memory + [1000] * (args.large and kind == "pretrain")
@@ -301,7 +322,9 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
                 make_corpus(sized_dir, kind, size, args.source_share)
             run, _ = prepare(kind, sized_dir, tokenizer_dir, args, work_dir / "out")
             memory.append(_memory_line(f"{kind} {size} MB", run))
-    log(format_table(["", "tokens", "bare tokens/s", "ours, end to end", "ratio", "fill"], speed))
+    log(
+        format_table(["", "tokens", "bare tokens/s", "ours, end to end", "ratio", "CPU ratio", "fill"], speed)
+    )
     log("")
     log(format_table(["peak memory, MB", "main", "largest worker", "all together", "seconds"], memory))
 
