@@ -111,14 +111,12 @@ class SafetensorsShard:
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
 
+        values = torch.empty(stop - start, dtype=torch_dtype(self.tensors[name].dtype))
         item = _ITEM_BYTES[self.tensors[name].dtype]
-        buffer = bytearray((stop - start) * item)
         self._file.seek(self._begin[name] + start * item)
-        if self._file.readinto(buffer) != len(buffer):
+        if self._file.readinto(memoryview(values.view(torch.uint8).numpy())) != values.numel() * item:
             raise UserError(f"{self.path}: the file ends inside tensor {name}")
-        if not buffer:
-            return torch.empty(0, dtype=torch_dtype(self.tensors[name].dtype))
-        return torch.frombuffer(buffer, dtype=torch_dtype(self.tensors[name].dtype))
+        return values
 
     def close(self) -> None:
         self._file.close()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from colossal_llama.model import init_model
 from colossal_llama.model.embedding_extension import mean_of_all_rows, mean_rows, plan_rows
+from colossal_llama.model.model_extension import all_finite
 from colossal_llama.tokenizer import init_tokenizer
 from colossal_llama.utils.errors import UserError
 
@@ -463,3 +464,15 @@ def test_means_against_float64(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         mean_of_all_rows(matrix, 200, 7).double(), matrix[:200].double().mean(0), rtol=1e-6, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_found_anywhere(dtype: torch.dtype, value: float) -> None:
+    for size in (1, 7, 1000, 100_003):
+        for position in {0, size // 2, size - 1}:
+            values = torch.randn(size).to(dtype)
+            assert all_finite(values)
+            values[position] = value
+            assert not all_finite(values)
+    assert all_finite(torch.empty(0, dtype=dtype))
