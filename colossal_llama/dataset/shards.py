@@ -82,8 +82,8 @@ class ShardTable:
 
 def encode_shard(task: ShardTask) -> ShardSummary:
     """Encodes a shard, unless it is in the cache; returns its summary."""
-    if task.table_path.exists():
-        return read_summary(task)
+    if (finished := _read_finished(task)) is not None:
+        return finished
     encoder = load_encoder(task.spec)
     summary = ShardSummary(num_bytes=task.shard.end - task.shard.start)
     if task.check_only:
@@ -110,6 +110,8 @@ def encode_shard(task: ShardTask) -> ShardSummary:
                         category_ids.append(index)
                 if pieces:
                     file.write(np.concatenate(pieces).astype("<i4", copy=False).data)
+            file.flush()
+            os.fsync(file.fileno())
         summary.num_tokens = sum(piece_lengths)
         os.replace(aside, task.tokens_path)
     finally:
@@ -151,6 +153,14 @@ def remove_stale_shards(cache_dir: Path, tasks: list[ShardTask]) -> None:
             path.unlink()
 
 
+def _read_finished(task: ShardTask) -> ShardSummary | None:
+    if not (task.table_path.exists() and task.tokens_path.exists()):
+        return None
+    summary = read_summary(task)
+    is_whole = task.tokens_path.stat().st_size == 4 * summary.num_tokens
+    return summary if is_whole else None
+
+
 def _read_batches(shard: Shard, encoder: RecordEncoder, summary: ShardSummary) -> Iterator[list[Any]]:
     batch: list[Any] = []
     num_characters = 0
@@ -189,6 +199,8 @@ def _write_table(task: ShardTask, table: ShardTable, summary: ShardSummary) -> N
                 category_names=as_bytes(table.category_names),
                 summary=as_bytes(summary),
             )
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, task.table_path)
     finally:
         aside.unlink(missing_ok=True)

@@ -360,6 +360,16 @@ def test_a_run_that_died_between_bins_goes_on(
     assert not encoded  # every shard came from the cache
 
 
+def test_damaged_cache_is_encoded_again(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
+    run(corpus)
+    before = read_bytes(tmp_path / "out")
+    first, second, *_ = sorted((tmp_path / "out" / "cache" / "shards").glob("*.tokens"))
+    first.write_bytes(first.read_bytes()[:-4])
+    second.unlink()
+    run(corpus, overwrite=True)
+    assert read_bytes(tmp_path / "out") == before
+
+
 def test_changed_input_is_encoded_again(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
     before = run(corpus)
     write_records(corpus[0] / "two.jsonl", make_records(60, seed=9))
