@@ -1,0 +1,392 @@
+"""From prepared bins to the tensors of a training step: memory-mapped rows, their order, and the collator."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from colossal_llama.training.loss import IGNORE_INDEX
+from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import read_json
+
+if TYPE_CHECKING:
+    import datasets
+
+PREPARED_FILE = "prepared.json"
+_PART_NAME = re.compile(r"part-(\d+)$")
+
+
+@dataclass
+class Row:
+    """One row of a bin: `input_ids` and `labels` [tokens], `document_lengths` [documents], summing to the tokens."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    document_lengths: np.ndarray
+
+
+class RowSource(Protocol):
+    """What training reads rows from: a prepared data set, or random rows for a benchmark."""
+
+    bucket_ranges: list[list[tuple[int, int]]]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+    def describe_row(self, index: int) -> str: ...
+
+
+def find_part_directories(paths: Sequence[Path]) -> list[Path]:
+    """Expands each path to part directories: itself when it is one, else every `part-*` below it (an `arrow/`).
+
+    Raises:
+        UserError: a path is missing, or holds no prepared data.
+    """
+    parts, problems = [], []
+    for path in paths:
+        if not path.is_dir():
+            problems.append(f"--dataset {path}: no such directory")
+        elif (path / "state.json").is_file():
+            parts.append(path)
+        else:
+            found = sorted(
+                p for p in path.iterdir() if _PART_NAME.match(p.name) and (p / "state.json").is_file()
+            )
+            if not found:
+                problems.append(
+                    f"--dataset {path}: neither a part directory nor a folder of part-* directories; "
+                    "give the arrow/ directory, or parts of it, that a prepare script wrote"
+                )
+            parts.extend(found)
+    if problems:
+        raise UserError(problems)
+    return parts
+
+
+class PreparedDataset:
+    """Rows of all given parts behind one another, memory-mapped.
+
+    Args:
+        parts: part directories, as `find_part_directories` returns them.
+        max_length: rows longer than this are refused.
+        need_documents: refuse parts without `document_lengths` (bins made by the original suite).
+        tokenizer_fingerprint: of the model's tokenizer; parts made with another one are refused.
+
+    Attributes:
+        bucket_ranges: for each bucket, in order, the [start, end) ranges of its rows; part-N of all directories
+            together is bucket N.
+        num_tokens: in all rows.
+        fingerprint: changes when the rows, their number or their order change.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Path],
+        max_length: int,
+        need_documents: bool,
+        tokenizer_fingerprint: str | None = None,
+    ) -> None:
+        self.paths = list(parts)
+        self.max_length = max_length
+        self.tables = [_open_part(path) for path in self.paths]
+        self.starts = np.concatenate([[0], np.cumsum([len(table) for table in self.tables])]).astype(np.int64)
+        self.num_tokens = 0
+        digest, problems, buckets = hashlib.sha256(), [], {}
+        for number, (path, table) in enumerate(zip(self.paths, self.tables, strict=True)):
+            problems.extend(_check_part(path, table, need_documents, tokenizer_fingerprint))
+            lengths = _row_lengths(table)
+            if len(lengths) and lengths.max() > max_length:
+                problems.append(
+                    f"{path}: row {int(lengths.argmax())} has {int(lengths.max())} tokens, "
+                    f"more than --max_length {max_length}; prepare the data with that length or raise the flag"
+                )
+            self.num_tokens += int(lengths.sum())
+            digest.update(f"{len(table)} {int(lengths.sum())} ".encode())
+            for row in {0, len(table) // 2, len(table) - 1} if len(table) else ():
+                digest.update(_values(table, "input_ids", row).astype(np.int64).tobytes())
+            match = _PART_NAME.search(path.name)
+            bucket = int(match.group(1)) if match else number
+            buckets.setdefault(bucket, []).append((int(self.starts[number]), int(self.starts[number + 1])))
+        if not problems and len(self) == 0:
+            problems.append("--dataset: the given parts hold no rows at all")
+        if problems:
+            raise UserError(problems)
+        self.bucket_ranges = [buckets[bucket] for bucket in sorted(buckets)]
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return part, index - int(self.starts[part])
+
+    def __getitem__(self, index: int) -> Row:
+        part, row = self._locate(index)
+        table = self.tables[part]
+        input_ids = _values(table, "input_ids", row)
+        if "document_lengths" in table.column_names:
+            document_lengths = _values(table, "document_lengths", row)
+        else:
+            document_lengths = np.array([len(input_ids)])
+        return Row(input_ids, _values(table, "labels", row), document_lengths)
+
+    def describe_row(self, index: int) -> str:
+        part, row = self._locate(index)
+        return f"{self.paths[part]} row {row}"
+
+
+def _open_part(path: Path) -> datasets.Dataset:
+    import datasets
+
+    try:
+        part = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise UserError(f"--dataset {path}: cannot be read ({type(error).__name__}: {error})") from None
+    missing = {"input_ids", "labels"} - set(part.column_names)
+    if missing:
+        raise UserError(f"--dataset {path}: has no column {', '.join(sorted(missing))}")
+    # A shuffled or filtered set keeps an index table beside its rows; ours never do.
+    return part.flatten_indices() if part._indices is not None else part
+
+
+def _values(table: datasets.Dataset, column: str, row: int) -> np.ndarray:
+    return table.data.column(column)[row].values.to_numpy(zero_copy_only=False)
+
+
+def _row_lengths(table: datasets.Dataset) -> np.ndarray:
+    chunks = [chunk.value_lengths().to_numpy() for chunk in table.data.column("input_ids").chunks]
+    return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int32)
+
+
+def _check_part(
+    path: Path, table: datasets.Dataset, need_documents: bool, tokenizer_fingerprint: str | None
+) -> list[str]:
+    if need_documents and "document_lengths" not in table.column_names:
+        return [
+            f"--dataset {path}: has no document_lengths (made by the original suite?), so its documents cannot be "
+            "kept apart; pass --no-isolate_documents, or prepare the data again"
+        ]
+    if not (path / PREPARED_FILE).is_file() or tokenizer_fingerprint is None:
+        return []
+    prepared = read_json(path / PREPARED_FILE)
+    if prepared.get("tokenizer_fingerprint") != tokenizer_fingerprint:
+        return [
+            f"--dataset {path}: was prepared with another tokenizer (fingerprint "
+            f"{prepared.get('tokenizer_fingerprint')}, {prepared.get('vocab_size')} tokens) than the model's "
+            f"({tokenizer_fingerprint}); prepare it with --tokenizer_dir set to the model's directory"
+        ]
+    return []
+
+
+class RowOrder:
+    """The order of all rows in each epoch, fixed by (seed, epoch, buckets) and by nothing else.
+
+    Without `bucketed` the whole data set is shuffled; with it, buckets come in order and each is shuffled inside.
+    """
+
+    def __init__(self, source: RowSource, seed: int, bucketed: bool) -> None:
+        self.num_rows = len(source)
+        self.seed = seed
+        self.buckets = source.bucket_ranges if bucketed else [[(0, self.num_rows)]]
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Row numbers of one epoch in training order, [rows]."""
+        dtype = np.uint32 if self.num_rows < 2**32 else np.int64
+        parts = []
+        for number, ranges in enumerate(self.buckets):
+            rows = np.concatenate([np.arange(start, end, dtype=dtype) for start, end in ranges])
+            np.random.default_rng([self.seed, epoch, number]).shuffle(rows)
+            parts.append(rows)
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+@dataclass
+class BatchPlan:
+    """How the rows of an optimizer step are dealt out.
+
+    A step takes `rows_per_step` consecutive rows of the order; pass `a` of data-parallel rank `r` gets rows
+    `(a * dp_size + r) * batch_size` and following of them. Every rank of a tensor, pipeline or sequence group has the
+    same `dp_rank` and so the same rows.
+    """
+
+    batch_size: int
+    accumulation_steps: int
+    dp_size: int
+    dp_rank: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulation_steps * self.dp_size
+
+
+class StepSampler:
+    """Yields the row numbers of every micro-batch of this rank, from a position to the end of the last epoch.
+
+    Args:
+        position: rows of the first epoch that earlier training has already used.
+    """
+
+    def __init__(self, order: RowOrder, plan: BatchPlan, epoch: int, position: int, num_epochs: int) -> None:
+        self.order, self.plan = order, plan
+        self.epoch, self.position, self.num_epochs = epoch, position, num_epochs
+
+    def __iter__(self) -> Iterator[list[int]]:
+        plan = self.plan
+        position = self.position
+        for epoch in range(self.epoch, self.num_epochs):
+            permutation = self.order.permutation(epoch)
+            while position + plan.rows_per_step <= len(permutation):
+                step = permutation[position : position + plan.rows_per_step]
+                for accumulation in range(plan.accumulation_steps):
+                    start = (accumulation * plan.dp_size + plan.dp_rank) * plan.batch_size
+                    yield [int(row) for row in step[start : start + plan.batch_size]]
+                position += plan.rows_per_step
+            position = 0
+
+
+class EvaluationSampler:
+    """Every row exactly once over all ranks; short batches are filled with None (a row without labels)."""
+
+    def __init__(self, num_rows: int, plan: BatchPlan) -> None:
+        self.num_rows, self.plan = num_rows, plan
+
+    def __len__(self) -> int:
+        return -(-self.num_rows // (self.plan.batch_size * self.plan.dp_size))
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        plan = self.plan
+        for batch in range(len(self)):
+            start = (batch * plan.dp_size + plan.dp_rank) * plan.batch_size
+            rows = range(start, start + plan.batch_size)
+            yield [row if row < self.num_rows else None for row in rows]
+
+
+class Collator:
+    """Makes a batch of rows.
+
+    Two rows, `max_length` 6; the first holds two documents of three and two tokens, the second one of three. Labels
+    are shifted here: `labels[t]` is what position t has to predict, and nothing predicts a document's first token.
+
+        input_ids        a b c d e .      f g h . . .
+        labels           b c - e - -      g h - - - -        (- is -100; all tokens of these documents have loss)
+        position_ids     0 1 2 0 1 0      0 1 2 0 1 2
+        document_index   0 0 0 1 1 2      0 0 0 1 1 1        (padding is a document of its own)
+
+    Args:
+        pad_token_id: id that fills rows; it is never attended to by real tokens and never has loss.
+        pad_to: every row gets this length; None pads to the longest row of the batch.
+        multiple_of: the padded length is a multiple of this (sequence parallelism splits it evenly).
+        isolate_documents: off, the documents of a row see each other and positions run on.
+        vocab_size: of the model's embeddings; a token outside is an error.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        pad_token_id: int,
+        pad_to: int | None,
+        isolate_documents: bool,
+        vocab_size: int,
+        multiple_of: int = 1,
+    ) -> None:
+        self.source = source
+        self.pad_token_id, self.pad_to, self.multiple_of = pad_token_id, pad_to, multiple_of
+        self.isolate_documents, self.vocab_size = isolate_documents, vocab_size
+
+    def __call__(self, rows: list[int | None]) -> dict[str, Any]:
+        """Makes the batch; a `UserError` comes back as `problem`, for a loader worker can't raise it as it is.
+
+        Returns:
+            `input_ids`, `labels`, `position_ids`, `document_index` [rows, length] and `row_index` [rows], all int64
+            (-1 for an empty row), `num_tokens` (padding not counted), `problem`.
+        """
+        try:
+            return self._collate(rows)
+        except UserError as error:
+            return {"problem": str(error)}
+
+    def _collate(self, rows: list[int | None]) -> dict[str, Any]:
+        contents = [None if row is None else self.source[row] for row in rows]
+        length = self.pad_to or max((len(c.input_ids) for c in contents if c is not None), default=1)
+        length = -(-length // self.multiple_of) * self.multiple_of
+        shape = (len(rows), length)
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        position_ids = np.tile(np.arange(length, dtype=np.int64), (len(rows), 1))
+        document_index = np.zeros(shape, dtype=np.int64)
+        for i, content in enumerate(contents):
+            if content is None:
+                continue
+            n = len(content.input_ids)
+            if n and (content.input_ids.max() >= self.vocab_size or content.input_ids.min() < 0):
+                raise UserError(
+                    f"{self.source.describe_row(rows[i])}: holds token {int(content.input_ids.max())}, but the model "
+                    f"has {self.vocab_size} embeddings; it was prepared with another tokenizer"
+                )
+            lengths = content.document_lengths if self.isolate_documents else np.array([n])
+            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+            if int(lengths.sum()) != n:
+                raise UserError(
+                    f"{self.source.describe_row(rows[i])}: document_lengths sum to {int(lengths.sum())}, "
+                    f"the row has {n} tokens; prepare the data again"
+                )
+            input_ids[i, :n] = content.input_ids
+            labels[i, : n - 1] = content.labels[1:]
+            labels[i, starts[1:] - 1] = IGNORE_INDEX
+            position_ids[i, :n] -= np.repeat(starts, lengths)
+            position_ids[i, n:] -= n
+            document_index[i, :n] = np.repeat(np.arange(len(lengths)), lengths)
+            document_index[i, n:] = len(lengths)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(position_ids),
+            "document_index": torch.from_numpy(document_index),
+            "row_index": torch.tensor([-1 if row is None else row for row in rows]),
+            "num_tokens": sum(len(c.input_ids) for c in contents if c is not None),
+            "problem": None,
+        }
+
+
+class _RowNumbers:
+    """A data set whose items are their own numbers: the collator reads the rows."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitems__(self, rows: list[int | None]) -> list[int | None]:
+        return rows
+
+
+def make_loader(
+    source: RowSource, sampler: Any, collator: Collator, num_workers: int, pin_memory: bool
+) -> Any:
+    """A torch DataLoader over micro-batches; signals are left to the main process."""
+    return torch.utils.data.DataLoader(
+        _RowNumbers(len(source)),
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_parent,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
