@@ -122,7 +122,8 @@ def write_shard(
         The tensors written.
     """
     shard = open_shard(source)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # A name that a later run uses too: what a killed run left of it is overwritten.
+    aside = target.with_name(f".{target.name}.tmp")
     try:
         written = [target_tensor(tensor, plan, dtype) for tensor in shard.tensors.values()]
         with open(aside, "wb") as output:

@@ -34,7 +34,8 @@ def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[
     """
     directory = directory.absolute()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
+    aside = directory.parent / f".{directory.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
     aside.mkdir()
     try:
         for name, content in contents.items():

@@ -225,5 +225,8 @@ def test_killed_model_initialisation_can_be_repeated(
         process.wait()
         if (target / "config.json").exists():
             assert (target / "model.safetensors").read_bytes() == expected
+    target.mkdir(exist_ok=True)
+    (target / ".model.safetensors.tmp").write_bytes(b"left by a run that was killed")
     run("init_model", target_model_path=target, **flags)
     assert (target / "model.safetensors").read_bytes() == expected
+    assert not list(target.glob(".*"))

@@ -309,6 +309,26 @@ def test_existing_fast_tokenizer_is_kept_but_for_its_vocabulary(
         assert fast(text).input_ids == fast_before(text).input_ids
 
 
+def test_fast_tokenizer_in_the_form_of_the_published_llama_2(
+    llama2_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """Its `tokenizer.json` puts the prefix by a normalizer, though the configuration says `legacy` is off."""
+    source = tmp_path / "source"
+    shutil.copytree(llama2_tokenizer_dir, source)
+    fast = json.loads(load_fast(llama2_tokenizer_dir).backend_tokenizer.to_str())
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    fast |= {"normalizer": {"type": "Sequence", "normalizers": [prepend, replace]}, "pre_tokenizer": None}
+    (source / "tokenizer.json").write_text(json.dumps(fast), encoding="utf-8")
+    report = run_extension(source, tmp_path / "target", WORDS, "add")
+    assert report["notes"] == []
+    new = json.loads((tmp_path / "target" / "tokenizer.json").read_text())
+    assert new["normalizer"] == fast["normalizer"]
+    slow, fast_target = load_slow(tmp_path / "target"), load_fast(tmp_path / "target")
+    for text in [*AWKWARD, *random_texts(800, 2, WORDS)]:
+        assert slow(text).input_ids == fast_target(text).input_ids, text
+
+
 def test_fast_tokenizer_of_another_vocabulary_is_refused(llama2_tokenizer_dir: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     load_fast(llama2_tokenizer_dir).save_pretrained(source)
