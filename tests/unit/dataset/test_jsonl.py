@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama.dataset import jsonl
@@ -25,6 +25,7 @@ def shards_of(path: Path, step: int) -> list[Shard]:
     ]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b" "))), st.integers(1, 30), st.booleans()
 )

@@ -61,6 +61,7 @@ def test_the_docstrings_example() -> None:
     assert rows.lengths.tolist() == [8, 8]
 
 
+@settings(deadline=None)
 @given(packing_problems())
 def test_every_piece_is_in_one_row_and_rows_are_never_too_long(problem: tuple[list[int], int]) -> None:
     lengths, max_length = problem
@@ -72,6 +73,7 @@ def test_every_piece_is_in_one_row_and_rows_are_never_too_long(problem: tuple[li
         assert sum(lengths[piece] for piece in row) == total <= max_length
 
 
+@settings(deadline=None)
 @given(packing_problems())
 def test_rows_are_those_of_best_fit_decreasing(problem: tuple[list[int], int]) -> None:
     lengths, max_length = problem
@@ -104,6 +106,7 @@ def test_one_piece_per_row() -> None:
     assert rows.lengths.tolist() == [3, 1, 2]
 
 
+@settings(deadline=None)
 @given(packing_problems(), st.integers(0, 1000))
 def test_shuffling_keeps_the_rows_and_puts_the_emptiest_last(
     problem: tuple[list[int], int], seed: int

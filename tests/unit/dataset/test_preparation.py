@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 from corpus import sample_texts
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -206,6 +206,7 @@ def test_jsonl_equals_arrow_and_the_layout_is_as_documented(
         assert {str(feature.feature.dtype) for feature in loaded.features.values()} == {"int32"}
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.integers(1, 12), st.integers(0, 100))
 def test_dealing_is_even_in_every_stratum(strata: list[int], num_bins: int, seed: int) -> None:
     documents, bounds = deal_documents(np.array(strata, dtype=np.int32), num_bins, seed)
