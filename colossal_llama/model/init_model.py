@@ -149,8 +149,7 @@ def _refuse_other_weights(target: Path, expected: set[str]) -> None:
     if others := sorted(found - expected):
         raise UserError(
             f"--target_model_path {target}: holds other weights ({', '.join(others[:5])}), which might be "
-            "loaded "
-            "in place of the new ones; remove them or choose another directory"
+            "loaded in place of the new ones; remove them or choose another directory"
         )
 
 
@@ -160,8 +159,7 @@ def _refuse_full_disk(target: Path, needed: int) -> None:
     if free < needed:
         raise UserError(
             f"--target_model_path {target}: the model needs {needed / 1e9:.2f} GB, the disk has "
-            f"{free / 1e9:.2f} GB "
-            "free; choose another disk or make room"
+            f"{free / 1e9:.2f} GB free; choose another disk or make room"
         )
 
 

@@ -85,8 +85,7 @@ def check_embeddings(layout: ModelLayout, tied: bool, directory: Path) -> tuple[
         if tensor is not None and (tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) != 2):
             raise UserError(
                 f"{directory}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}; fp32, fp16 or bf16 "
-                "matrices "
-                "are needed, so start from the model before quantization"
+                "matrices are needed, so start from the model before quantization"
             )
     if head is not None and head.shape != embedding.shape:
         raise UserError(

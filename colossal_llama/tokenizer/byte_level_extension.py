@@ -93,8 +93,7 @@ class ByteLevelSource:
             problems.append(
                 f"{self.path}: neither byte-level BPE (a {kind} model, pre-tokenizer "
                 f"{', '.join(str(step.get('type')) for step in steps) or 'none'}) nor accompanied by "
-                "tokenizer.model; "
-                "LLaMA-2 tokenizers need their tokenizer.model beside it"
+                "tokenizer.model; LLaMA-2 tokenizers need their tokenizer.model beside it"
             )
         elif byte_level[0].get("add_prefix_space"):
             problems.append(f"{self.path}: it puts a space before every text, which LLaMA-3's does not")
@@ -102,8 +101,7 @@ class ByteLevelSource:
             normalizer = ", ".join(str(step.get("type")) for step in _steps(self.files.fast["normalizer"]))
             problems.append(
                 f"{self.path}: it rewrites text before it splits it ({normalizer}); only tokenizers without "
-                "a "
-                "normalizer, such as LLaMA-3's, can be extended"
+                "a normalizer, such as LLaMA-3's, can be extended"
             )
         if self.model.get("continuing_subword_prefix") or self.model.get("end_of_word_suffix"):
             problems.append(f"{self.path}: it marks parts of words, which byte-level BPE of LLaMA-3 does not")
@@ -118,16 +116,14 @@ class ByteLevelSource:
         if gaps:
             raise UserError(
                 f"{self.path}: no token has id {gaps[0]} ({len(gaps):,} gaps below {max(ids)}). New pieces "
-                "would "
-                "have to fill the gaps; give the added tokens consecutive ids"
+                "would have to fill the gaps; give the added tokens consecutive ids"
             )
         for token in self.added_tokens:
             if token not in self.model["vocab"] and self.pre_tokens(token) == [token]:
                 # In `model.vocab`, where it has to be to keep its id, it would also match as plain text.
                 raise UserError(
                     f"{self.path}: the added token {token!r} is a plain word. Extended, it would be found in "
-                    "texts "
-                    "whose special tokens are meant as plain text; give it a name such as <|name|>"
+                    "texts whose special tokens are meant as plain text; give it a name such as <|name|>"
                 )
 
 
@@ -277,8 +273,7 @@ def _notes(source: ByteLevelSource, intermediates: Iterable[str]) -> list[str]:
     if partial:
         notes.append(
             f"{partial:,} intermediates are parts of characters: other characters that begin or end with the "
-            "same "
-            "bytes are split differently than before"
+            "same bytes are split differently than before"
         )
     return notes
 

@@ -42,9 +42,8 @@ def build_parser() -> ArgumentParser:
         "--unreachable",
         choices=UNREACHABLE_MODES,
         default="report",
-        help="pieces that no text can ever yield: add them and say so (report), add the missing intermediate "
-        "pieces "
-        "too (add), leave them out (drop), or stop (error)",
+        help="pieces that no text can ever yield: add them and say so (report), add the missing "
+        "intermediate pieces too (add), leave them out (drop), or stop (error)",
     )
     parser.add_check(_check_directories)
     return parser
@@ -60,8 +59,7 @@ def _check_directories(args: argparse.Namespace) -> list[str]:
     if weights:
         return [
             f"--target_tokenizer_dir {target}: holds model weights ({weights[0]}) that would no longer fit "
-            "the "
-            "tokenizer; choose another directory or remove the model"
+            "the tokenizer; choose another directory or remove the model"
         ]
     return []
 

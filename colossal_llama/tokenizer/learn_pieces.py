@@ -253,8 +253,7 @@ def main() -> None:
     if not pieces:
         raise UserError(
             f"{', '.join(map(str, args.data_input_dirs))}: nothing to learn: the source has every piece that "
-            "occurs "
-            f"{args.min_frequency} times or more; use a larger corpus"
+            f"occurs {args.min_frequency} times or more; use a larger corpus"
         )
     lines = (json.dumps({"piece": piece}, ensure_ascii=False) for piece in pieces)
     write_text_atomically(args.output_file, "\n".join(lines) + "\n")
@@ -272,8 +271,7 @@ def main() -> None:
     if len(pieces) < args.num_tokens:
         warn(
             f"--num_tokens {args.num_tokens}: only {len(pieces):,} pieces could be learned; a larger corpus "
-            "or a "
-            f"lower --min_frequency ({args.min_frequency}) gives more"
+            f"or a lower --min_frequency ({args.min_frequency}) gives more"
         )
     log(f"Pieces: {args.output_file}")
 

@@ -146,8 +146,7 @@ class SentencePieceSource:
         if tokenizer_class not in SUPPORTED_CLASSES:
             problems.append(
                 f"{self.files.directory / CONFIG_FILE}: tokenizer_class {tokenizer_class}; only "
-                "LlamaTokenizer "
-                "and LlamaTokenizerFast are known to encode as this program assumes"
+                "LlamaTokenizer and LlamaTokenizerFast are known to encode as this program assumes"
             )
         if problems:
             raise UserError(problems)
@@ -160,8 +159,8 @@ class SentencePieceSource:
             if token in self.vocabulary:
                 raise UserError(
                     f"{self.files.directory}: added token {token!r} has id {token_id}, but "
-                    f"{SENTENCEPIECE_FILE} "
-                    f"has it at {self.vocabulary[token]}; save the tokenizer again with one id"
+                    f"{SENTENCEPIECE_FILE} has it at {self.vocabulary[token]}; save the tokenizer again with "
+                    "one id"
                 )
             if token_id != expected:
                 raise UserError(
@@ -258,15 +257,13 @@ def _notes(source: SentencePieceSource) -> list[str]:
     if tied := len(pieces) - len({source.scores[piece] for piece in pieces}):
         notes.append(
             f"{tied:,} pieces of the source share their score with another: where those meet, the source's "
-            "own slow "
-            "and fast tokenizers may split text differently, and so will the new ones"
+            "own slow and fast tokenizers may split text differently, and so will the new ones"
         )
     characterless = sum(any(character not in source.scores for character in piece) for piece in pieces)
     if characterless:
         notes.append(
             f"{characterless:,} pieces of the source hold characters that are no pieces: the source's own "
-            "slow and "
-            "fast tokenizers split them differently"
+            "slow and fast tokenizers split them differently"
         )
     if source.skips_prefix_before_spaces:
         notes.append(
@@ -346,8 +343,7 @@ def _check_fast_matches(source: SentencePieceSource, fast: Mapping[str, Any]) ->
         if vocabulary.get(piece) != token_id:
             raise UserError(
                 f"{path}: token {piece!r} has id {vocabulary.get(piece)}, but {token_id} in "
-                f"{SENTENCEPIECE_FILE}; "
-                "remove the file and it is made anew"
+                f"{SENTENCEPIECE_FILE}; remove the file and it is made anew"
             )
 
 

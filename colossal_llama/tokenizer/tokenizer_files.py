@@ -86,8 +86,7 @@ class TokenizerFiles:
             if ids.setdefault(content, token_id) != token_id:
                 raise UserError(
                     f"{self.directory / origin}: token {content!r} has id {token_id} here and {ids[content]} "
-                    "in "
-                    "another file of the directory; save the tokenizer again with one id"
+                    "in another file of the directory; save the tokenizer again with one id"
                 )
         for content in self.special_token_strings():
             if content not in ids:
@@ -97,8 +96,7 @@ class TokenizerFiles:
             if token_at.setdefault(token_id, content) != content:
                 raise UserError(
                     f"{self.directory}: id {token_id} belongs to both {token_at[token_id]!r} and "
-                    f"{content!r}; "
-                    "mend the added tokens"
+                    f"{content!r}; mend the added tokens"
                 )
         return dict(sorted(ids.items(), key=lambda item: item[1]))
 
