@@ -1,0 +1,101 @@
+# shellcheck shell=bash
+# Sourced by quickstart.sh and tests/run.sh. `set_up_environment CLONE [EXTRA]` leaves a Python environment first on
+# PATH in which this clone is installed with all that it needs: the active one when the `colossal_llama` installed
+# there is this very clone, otherwise CLONE/.venv, made when it is not there.
+
+set_up_environment() {
+    local clone=$1 extra=${2:-} environment target
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    if _python_has_this_clone python "$clone"; then
+        environment=$(python -c 'import sys; print(sys.prefix)')
+        echo "Environment: the active one, $environment"
+    else
+        environment=$clone/.venv
+        # An environment holds absolute paths: one that came along with a copied or moved clone is made anew.
+        if [[ "$("$environment/bin/pip" --version 2>/dev/null)" == *" from $environment/"* ]]; then
+            echo "Environment: reusing $environment"
+        else
+            _make_environment "$environment" || return
+        fi
+        export VIRTUAL_ENV=$environment
+        export PATH=$environment/bin:$PATH
+        unset PYTHONHOME
+    fi
+    if _python_has_this_clone python "$clone" && _requirements_are_met "$clone" "$extra"; then
+        echo "Environment: complete, nothing to install"
+    else
+        target=.${extra:+[$extra]}
+        echo "Environment: pip install -e '$target' (the first time this takes minutes: PyTorch is large)"
+        (cd "$clone" && python -m pip install --quiet -e "$target" </dev/null) || {
+            echo "error: pip could not install the requirements into $environment; its messages are above" >&2
+            return 1
+        }
+    fi
+    # `torchrun` and `colossalai` have to come from the same environment as `python`.
+    PATH=$(python -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
+    export PATH
+    hash -r
+}
+
+# True if `$1` runs and the colossal_llama installed there (not merely on PYTHONPATH) is the clone `$2`.
+_python_has_this_clone() {
+    command -v "$1" >/dev/null || return 1
+    (cd / && "$1" -I - "$2") 2>/dev/null <<'PYTHON'
+import importlib.metadata
+import importlib.util
+import os
+import sys
+
+importlib.metadata.version("colossal_llama")
+found = importlib.util.find_spec("colossal_llama").origin
+sys.exit(not os.path.samefile(os.path.dirname(os.path.dirname(found)), sys.argv[1]))
+PYTHON
+}
+
+# True if what setup.py asks for today, the extra `$2` included, is installed.
+_requirements_are_met() {
+    (cd / && python -I - "$1" "$2") 2>/dev/null <<'PYTHON'
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+clone, extra = Path(sys.argv[1]), sys.argv[2]
+lines = (clone / "requirements.txt").read_text(encoding="utf-8").splitlines()
+lines = [line for line in lines if line.strip() and not line.startswith("#")]
+if extra:
+    from importlib.metadata import requires
+
+    lines += [line for line in requires("colossal_llama") or () if "extra ==" in line]
+for requirement in map(Requirement, lines):
+    if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+        if not requirement.specifier.contains(version(requirement.name), prereleases=True):
+            sys.exit(1)
+PYTHON
+}
+
+_make_environment() {
+    local environment=$1 candidate
+    if [[ $environment == *:* ]]; then
+        echo "error: $environment: a Python environment can't live below a path with a colon; move the clone" >&2
+        return 2
+    fi
+    for candidate in python3.11 python3.12 python3.10 python3 python; do
+        # Run it: version managers leave commands on PATH that only print a complaint.
+        "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || continue
+        echo "Environment: making $environment with $("$candidate" --version) ($(command -v "$candidate"))"
+        if "$candidate" -m venv --clear "$environment" >/dev/null 2>&1; then
+            return
+        fi
+        # Debian's Python without python3-venv: no ensurepip, but maybe a pip that can install for the new environment.
+        if "$candidate" -m venv --clear --without-pip "$environment" 2>/dev/null &&
+            "$candidate" -m pip --python "$environment/bin/python" install --quiet pip 2>/dev/null; then
+            return
+        fi
+        rm -rf -- "$environment"
+        echo "Environment: $candidate can't make environments (Debian, Ubuntu: apt install python3-venv)" >&2
+    done
+    echo "error: no usable Python 3.10, 3.11 or 3.12 on PATH (tried python3.11, python3.12, python3.10, python3, python)" >&2
+    return 2
+}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Sets up the environment as quickstart.sh does, plus the test extra, then checks style and runs the whole test suite.
+# Arguments go to pytest: `bash tests/run.sh tests/unit -k packing`.
+set -euo pipefail
+
+ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd -- "$ROOT"
+# shellcheck source=examples/setup_environment.sh
+source examples/setup_environment.sh
+set_up_environment "$ROOT" test
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+export MPLBACKEND=Agg HF_HUB_OFFLINE=1
+
+ruff check .
+ruff format --check .
+shellcheck --external-sources -- *.sh tests/*.sh examples/*.sh examples/launch/*.sh .ci/run
+exec python -m pytest "$@" </dev/null
