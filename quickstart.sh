@@ -67,14 +67,18 @@ prepare_output_directory() {
 quoted() {
     if [[ $1 =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
         printf '%s' "$1"
+    elif [[ $1 == *\'* && $1 != *[\"\\\$\`!]* ]]; then
+        printf '"%s"' "$1"
     else
         printf "'%s'" "${1//\'/\'\\\'\'}"
     fi
 }
 
+# One flag a line, as the README has them.
 show() {
     local word line=
     for word in "$@"; do
+        [[ $word != --* ]] || line+=$' \\\n   '
         line+=${line:+ }$(quoted "$word")
     done
     printf '\n$ %s\n' "$line"
@@ -125,7 +129,7 @@ choose_device() {
     else
         echo "Device: CPU, $num_processes processes, $precision"
         # One thread a process: two processes share two cores. Both are on this machine, whatever its network.
-        environment+=(CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1)
+        environment+=(CUDA_VISIBLE_DEVICES=-1 OMP_NUM_THREADS=1)
         [[ ! -e /sys/class/net/lo ]] || environment+=(GLOO_SOCKET_IFNAME=lo)
     fi
     if ! python -c 'import socket; socket.socket().bind(("127.0.0.1", 29500))' 2>/dev/null; then
