@@ -279,7 +279,7 @@ class Collator:
         input_ids        a b c d e .      f g h . . .
         labels           b c - e - -      g h - - - -        (- is -100; all tokens of these documents have loss)
         position_ids     0 1 2 0 1 0      0 1 2 0 1 2
-        document_index   0 0 0 1 1 2      0 0 0 1 1 1        (padding is a document of its own)
+        document_index   0 0 0 1 1 -      0 0 0 - - -        (- is -1: padding is a document of its own)
 
     Args:
         pad_token_id: id that fills rows; it is never attended to by real tokens and never has loss.
@@ -322,7 +322,7 @@ class Collator:
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
         position_ids = np.tile(np.arange(length, dtype=np.int64), (len(rows), 1))
-        document_index = np.zeros(shape, dtype=np.int64)
+        document_index = np.full(shape, -1, dtype=np.int64)
         for i, content in enumerate(contents):
             if content is None:
                 continue
@@ -345,7 +345,6 @@ class Collator:
             position_ids[i, :n] -= np.repeat(starts, lengths)
             position_ids[i, n:] -= n
             document_index[i, :n] = np.repeat(np.arange(len(lengths)), lengths)
-            document_index[i, n:] = len(lengths)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),

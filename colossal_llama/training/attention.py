@@ -5,7 +5,7 @@ kernel), none isolates packed documents. After boosting, the forwards of all `Ll
 the one here, and the mask that reaches them is made from `document_index`, one integer a token:
 
     tokens           a b c | d e | . .        three tokens, two tokens, padding
-    document_index   0 0 0   1 1   2 2        padding is a document of its own
+    document_index   0 0 0   1 1  -1 -1       padding is a document of its own
     token e attends to d and e
 
 `document_index` travels in the place of the `attention_mask` argument, so pipelines cut it into microbatches and
@@ -50,7 +50,7 @@ class AttentionLayout:
 
 
 def make_attention_layout(document_index: torch.Tensor | None, use_flash: bool) -> AttentionLayout:
-    """Turns [batch, sequence] document numbers, non-decreasing in each row, into an `AttentionLayout`."""
+    """Turns [batch, sequence] document numbers into an `AttentionLayout`."""
     if document_index is None:
         return AttentionLayout()
     if use_flash:

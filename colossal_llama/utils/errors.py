@@ -28,9 +28,16 @@ class UserError(Exception):
     Args:
         problems: one message or several; all of them are printed, a line each.
         this_rank_only: the problem exists on this process alone, so it prints even when it is not rank 0.
+        exit_code: of the process; 1 for what is nobody's mistake, such as a loss that is not finite.
     """
 
-    def __init__(self, problems: str | Iterable[str], this_rank_only: bool = False) -> None:
+    def __init__(
+        self,
+        problems: str | Iterable[str],
+        this_rank_only: bool = False,
+        exit_code: int = USER_ERROR_EXIT_CODE,
+    ) -> None:
+        self.exit_code = exit_code
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         self.this_rank_only = this_rank_only
         super().__init__("\n".join(self.problems))
@@ -54,7 +61,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         if is_main_process() or error.this_rank_only:
             print_problems(error.problems)
-        code = USER_ERROR_EXIT_CODE
+        code = error.exit_code
     except OSError as error:
         if error.errno not in _ENVIRONMENT_ERRNOS:
             raise

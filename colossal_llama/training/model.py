@@ -1,0 +1,237 @@
+"""The model that is trained: loading, what of it trains, and the forward that every layout shares."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from colossal_llama.training.attention import install_attention
+from colossal_llama.training.loss import next_token_loss_sum, plain_next_token_loss_sum
+from colossal_llama.training.neftune import EmbeddingNoise
+from colossal_llama.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+LORA_ALPHA = 32
+LORA_DROPOUT = 0.1
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
+    """Reads the model's configuration; raises `UserError` when it is not a LLaMA."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--pretrained {path}: cannot be read as a Hugging Face model ({_first_line(error)})"
+        ) from None
+    if config.model_type != "llama":
+        raise UserError(
+            f"--pretrained {path}: is a {config.model_type} model; this suite trains llama models"
+        )
+    return config
+
+
+def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--pretrained {path}: its tokenizer cannot be read ({_first_line(error)}); "
+            "copy the tokenizer files into the model directory"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def load_causal_lm(weights: str, config: LlamaConfig, dtype: torch.dtype, flag: str) -> LlamaForCausalLM:
+    """Loads `weights` into a model of shape `config`.
+
+    Args:
+        weights: model directory or hub name; safetensors or `.bin`, sharded or not.
+        flag: the argument that named it, for messages.
+
+    Raises:
+        UserError: files are missing or damaged, or tensors are missing or of another shape.
+    """
+    from transformers import LlamaForCausalLM
+
+    try:
+        model, info = LlamaForCausalLM.from_pretrained(
+            weights, config=config, torch_dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except Exception as error:
+        raise UserError(f"{flag} {weights}: the weights cannot be loaded ({_first_line(error)})") from None
+    problems = [f"{flag} {weights}: tensor {name} is missing" for name in sorted(info["missing_keys"])]
+    problems += [f"{flag} {weights}: tensor {name[0]} has another shape" for name in info["mismatched_keys"]]
+    if problems:
+        raise UserError(problems[:20])
+    return model
+
+
+def random_causal_lm(config: LlamaConfig, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
+    """A model with random weights, the same on every rank, for benchmarks of a shape without weights."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config.torch_dtype = dtype
+    return LlamaForCausalLM._from_config(config, torch_dtype=dtype, attn_implementation="sdpa")
+
+
+def freeze_all_but_embeddings(model: LlamaForCausalLM) -> None:
+    """Leaves only the input and output embeddings to train."""
+    model.requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    model.get_output_embeddings().requires_grad_(True)
+
+
+def add_lora(model: LlamaForCausalLM, rank: int) -> nn.Module:
+    """Wraps the model with LoRA adapters on all attention and MLP projections; the adapters' weights are fp32."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=rank,
+            lora_alpha=LORA_ALPHA,
+            lora_dropout=LORA_DROPOUT,
+            target_modules=LORA_TARGETS,
+        ),
+        autocast_adapter_dtype=False,
+    )
+
+
+def causal_lm_forward(
+    self: LlamaForCausalLM,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    hidden_states: torch.Tensor | None = None,
+    **unused: Any,
+) -> dict[str, torch.Tensor]:
+    """The forward of `LlamaForCausalLM` in training: from a collated batch to the summed loss.
+
+    Args:
+        attention_mask: the collator's `document_index`, [batch, sequence].
+        labels: already shifted, [batch, sequence].
+        hidden_states: from the previous pipeline stage.
+
+    Returns:
+        `loss_sum`, an fp32 scalar; from a pipeline stage that is not the last one, `hidden_states`.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    pipeline = self.pipeline_arguments
+    is_first = pipeline is None or pipeline["stage_manager"].is_first_stage()
+    if self.training and self.embedding_noise is not None and is_first:
+        embeddings = self.model.embed_tokens(input_ids)
+        inputs = {"inputs_embeds": embeddings + self.embedding_noise(embeddings, attention_mask >= 0)}
+    inputs.update(attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    if pipeline is None:
+        hidden = self.model(**inputs)[0]
+    else:
+        from colossalai.shardformer.modeling.llama import LlamaPipelineForwards
+
+        outputs = LlamaPipelineForwards.llama_model_forward(
+            self.model, hidden_states=hidden_states, **inputs, **pipeline
+        )
+        if not pipeline["stage_manager"].is_last_stage():
+            return {"hidden_states": outputs["hidden_states"]}
+        hidden = outputs[0]
+    if self.plain_loss:
+        return {"loss_sum": plain_next_token_loss_sum(self.lm_head, hidden, labels)}
+    return {"loss_sum": next_token_loss_sum(self.lm_head, hidden, labels, self.vocabulary_group)}
+
+
+def install_forwards(
+    model: LlamaForCausalLM,
+    use_flash: bool,
+    ulysses_group: Any = None,
+    vocabulary_group: Any = None,
+    pipeline_arguments: dict | None = None,
+    embedding_noise: EmbeddingNoise | None = None,
+    plain_loss: bool = False,
+) -> None:
+    """Replaces the plugin's forwards by ours, after boosting.
+
+    Args:
+        vocabulary_group: the tensor parallel group when `lm_head` is sharded along the vocabulary.
+        pipeline_arguments: `stage_manager`, `stage_index` and `shard_config` under pipeline parallelism.
+        plain_loss: compute whole logits with ordinary operations.
+    """
+    install_attention(model, use_flash, ulysses_group)
+    model.pipeline_arguments = pipeline_arguments
+    model.vocabulary_group = vocabulary_group
+    model.embedding_noise = embedding_noise
+    model.plain_loss = plain_loss
+    model.forward = MethodType(causal_lm_forward, model)
+
+
+def restore_rotary_frequencies(model: nn.Module) -> None:
+    """Recomputes `inv_freq` in fp32: casting a model to half precision rounds it, which shifts phases by radians."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    for module in model.modules():
+        if isinstance(module, LlamaRotaryEmbedding):
+            frequencies, module.attention_scaling = module.rope_init_fn(module.config, module.inv_freq.device)
+            module.register_buffer("inv_freq", frequencies.float(), persistent=False)
+            module.original_inv_freq = module.inv_freq
+
+
+def weight_sums(model: nn.Module) -> dict[str, float]:
+    """The sum of each parameter in fp64, by name, to recognise it after boosting."""
+    return {name: float(parameter.detach().double().sum()) for name, parameter in model.named_parameters()}
+
+
+def check_weights_survived(
+    model: nn.Module, sums: dict[str, float], tensor_parallel_group: Any, compute_dtype: torch.dtype
+) -> None:
+    """Compares the boosted model's parameters with `weight_sums` of the loaded one.
+
+    Sharded tensors are summed over the tensor parallel group. Embeddings are left out: they may be padded.
+
+    Raises:
+        RuntimeError: a parameter lost its loaded values, which would train a random model without a word.
+    """
+    from colossalai.tensor.d_tensor.api import is_distributed_tensor
+
+    tolerance = 1e-6 if compute_dtype == torch.float32 else 1e-2
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name or "lm_head" in name or name not in sums:
+            continue
+        total = parameter.detach().double().sum()
+        magnitude = parameter.detach().double().abs().sum()
+        if tensor_parallel_group is not None and is_distributed_tensor(parameter):
+            both = torch.stack([total, magnitude])
+            dist.all_reduce(both, group=tensor_parallel_group)
+            total, magnitude = both
+        if abs(float(total) - sums[name]) > tolerance * max(1.0, float(magnitude)):
+            raise RuntimeError(f"parameter {name} lost its values while the plugin took over the model")
+
+
+def looks_untrained(loss: float, vocab_size: int) -> bool:
+    """Whether a first loss is what random weights give: within 5 % of ln(vocabulary), or above it."""
+    return loss > 0.95 * math.log(vocab_size)
+
+
+def is_weights_directory(path: Path) -> bool:
+    """Whether a directory holds model weights in one of the forms that `from_pretrained` reads."""
+    return (
+        any(path.glob("*.safetensors"))
+        or any(path.glob("*.safetensors.index.json"))
+        or any(path.glob("*.bin*"))
+    )

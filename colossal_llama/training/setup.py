@@ -1,0 +1,335 @@
+"""What `train.py` does before and after the loop: processes, inputs, model, records of the run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import platform
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colossal_llama.dataset.dummy_dataset import RandomRows
+from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_directories
+from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
+from colossal_llama.training.checkpoint import STATE_FILE, list_checkpoints
+from colossal_llama.training.interruption import StopRequest
+from colossal_llama.training.model import (
+    add_lora,
+    freeze_all_but_embeddings,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    random_causal_lm,
+)
+from colossal_llama.training.neftune import EmbeddingNoise
+from colossal_llama.training.throughput import ThroughputMeter
+from colossal_llama.utils.console import log
+from colossal_llama.utils.errors import UserError, is_main_process
+from colossal_llama.utils.files import locked_directory, read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+    from colossal_llama.training.plan import TrainingPlan
+    from colossal_llama.training.strategy import Strategy
+
+BENCHMARK_WARMUP_STEPS = 3
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Arguments that may differ between a run and its resumption; any other change is an error that names it.
+_FREE_ARGUMENTS = {
+    "load_checkpoint",
+    "save_interval",
+    "save_total_limit",
+    "skip_save_each_epoch",
+    "tensorboard_dir",
+    "save_dir",
+    "config_file",
+    "num_workers",
+    "max_steps",
+    "eval_dataset",
+    "eval_interval",
+    "dataset",
+    "pretrained",
+    "dry_run",
+    "benchmark",
+    "num_samples",
+    "trust_remote_code",
+    "merge_lora",
+    "deterministic",
+}
+# Keys of the layout are compared by the checkpoint itself.
+_LAYOUT_ARGUMENTS = ("plugin", "tp", "pp", "sp", "sp_mode", "enable_sequence_parallelism", "zero_stage")
+
+
+def quieten_libraries() -> None:
+    """Silences known messages of healthy runs; everything else stays visible."""
+    for message in (
+        ".*tensornvme.*",
+        ".*install apex from source.*",
+        ".*find_unused_parameters=True was specified.*",
+        ".*torch.utils._pytree._register_pytree_node.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # colossalai's optional quantisation asks for kernels that are for GPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("colossalai").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def start_process(args: argparse.Namespace) -> StopRequest:
+    """Joins the process group (of one, when no launcher started this process) and seeds every generator."""
+    import torch
+
+    stop = StopRequest()
+    stop.install()
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    if os.environ["MASTER_PORT"] == "0":
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if not torch.cuda.is_available():
+        from colossal_llama.training.cpu_backend import enable_cpu_training
+
+        enable_cpu_training()
+    import colossalai
+
+    with contextlib.redirect_stdout(None if is_main_process() else open(os.devnull, "w")):
+        colossalai.launch_from_torch(seed=args.seed, verbose=False)
+    # Ranks draw different dropout masks; what has to agree between ranks is drawn from generators of its own.
+    torch.manual_seed(args.seed * 100_003 + int(os.environ["RANK"]))
+    return stop
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def finish_process() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass
+class Inputs:
+    """What a run reads: model configuration, tokenizer, training rows and evaluation sets by name."""
+
+    config: LlamaConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    source: RowSource
+    evaluation_sets: dict[str, PreparedDataset]
+
+
+def open_inputs(args: argparse.Namespace) -> Inputs:
+    """Opens configuration, tokenizer and data; all problems with the data are reported together."""
+    config = load_config(args.pretrained, args.trust_remote_code)
+    if args.benchmark:
+        return Inputs(
+            config, None, RandomRows(args.num_samples, args.max_length, config.vocab_size, args.seed), {}
+        )
+    tokenizer = load_tokenizer(args.pretrained, args.trust_remote_code)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"--pretrained {args.pretrained}: the tokenizer has {len(tokenizer)} tokens, the model only "
+            f"{config.vocab_size} embeddings; run colossal_llama/model/init_model.py first"
+        )
+    fingerprint = tokenizer_fingerprint(tokenizer)
+
+    def read(paths: list[Path]) -> PreparedDataset:
+        return PreparedDataset(
+            find_part_directories(paths), args.max_length, args.isolate_documents, fingerprint
+        )
+
+    evaluation_sets = {str(path): read([path]) for path in args.eval_dataset or ()}
+    return Inputs(config, tokenizer, read(args.dataset), evaluation_sets)
+
+
+def lock_save_dir(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> None:
+    """Rank 0 locks `save_dir` for the length of the run; the others hear whether that went well."""
+    import torch.distributed as dist
+
+    problem: list[str | None] = [None]
+    if is_main_process() and not args.benchmark:
+        try:
+            cleanup.enter_context(locked_directory(args.save_dir, "a training run"))
+        except UserError as error:
+            problem[0] = f"--save_dir {error}"
+        except OSError as error:
+            problem[0] = f"--save_dir {args.save_dir}: cannot be written ({error.strerror})"
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise UserError(problem[0])
+
+
+def refuse_used_save_dir(args: argparse.Namespace) -> None:
+    """A run that starts from the beginning must not mix its checkpoints with another run's."""
+    found = [] if args.benchmark else list_checkpoints(args.save_dir)
+    if found and args.load_checkpoint != "latest":
+        raise UserError(
+            f"--save_dir {args.save_dir}: holds {len(found)} checkpoints of an earlier run; continue it with "
+            "--load_checkpoint latest, or give another directory"
+        )
+
+
+def describe_run(args: argparse.Namespace, inputs: Inputs, plan: TrainingPlan) -> dict[str, Any]:
+    """Everything that tells one run from another: arguments, layout, data, versions."""
+    import importlib.metadata
+
+    import torch.distributed as dist
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "colossalai", "transformers", "datasets", "peft", "colossal_llama"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "arguments": {name: plain(value) for name, value in sorted(vars(args).items())},
+        "layout": {
+            "world_size": dist.get_world_size(),
+            **{name: getattr(args, name) for name in _LAYOUT_ARGUMENTS},
+        },
+        "data": {
+            "fingerprint": inputs.source.fingerprint,
+            "rows": len(inputs.source),
+            "tokens": inputs.source.num_tokens,
+        },
+        "rows_per_step": plan.rows_per_step,
+        "total_steps": plan.total_steps,
+        "versions": versions,
+    }
+
+
+def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Compares a checkpoint's run with this one.
+
+    Raises:
+        UserError: data or arguments that shape the training differ; each change is named.
+    """
+    saved = read_json(checkpoint / STATE_FILE)
+    problems = []
+    for key, value in settings["data"].items():
+        if saved["data"].get(key) != value:
+            problems.append(f"--dataset: {key} {saved['data'].get(key)} when saved, {value} now")
+    for name, value in settings["arguments"].items():
+        old = saved["arguments"].get(name)
+        if name not in _FREE_ARGUMENTS and name not in _LAYOUT_ARGUMENTS and old != value:
+            problems.append(f"--{name}: {old} when saved, {value} now")
+    if problems:
+        where = f"--load_checkpoint {checkpoint}: "
+        problems = [where + problem for problem in problems]
+        problems.append(
+            f"resume with what the run was started with, or start a new stage from {checkpoint / 'modeling'}"
+        )
+        raise UserError(problems)
+
+
+def boost_model(
+    args: argparse.Namespace,
+    strategy: Strategy,
+    inputs: Inputs,
+    checkpoint: Path | None,
+    stage_weights: Path | None,
+) -> None:
+    """Loads the weights, decides what trains, and hands the model to the plugin."""
+    resume_lora = checkpoint is not None and args.lora_rank
+    weights, flag = args.pretrained, "--pretrained"
+    if checkpoint is not None and not resume_lora:
+        weights, flag = str(checkpoint / "modeling"), "--load_checkpoint"
+    elif stage_weights is not None:
+        weights, flag = str(stage_weights), "--load_checkpoint"
+    has_weights = not args.benchmark or any(Path(args.pretrained).glob("*.safetensors"))
+    if has_weights:
+        causal_lm = load_causal_lm(weights, inputs.config, strategy.parameter_dtype, flag)
+    else:
+        log(f"--benchmark: {args.pretrained} has no weights; training random ones of its shape")
+        causal_lm = random_causal_lm(inputs.config, strategy.parameter_dtype, args.seed)
+    model = causal_lm
+    if args.freeze_non_embeds_params:
+        freeze_all_but_embeddings(causal_lm)
+    if args.lora_rank:
+        model = add_lora(causal_lm, args.lora_rank)
+    noise = EmbeddingNoise(args.neft_alpha, args.seed) if args.use_neft else None
+    strategy.boost(model, causal_lm, noise)
+
+
+def describe_kernels(strategy: Strategy) -> str:
+    """One line on what was found and is used."""
+    import importlib.util
+
+    from colossal_llama.training.attention import has_flash_attn
+    from colossal_llama.training.strategy import has_apex_norm
+
+    attention = "flash-attn" if strategy.use_flash else "torch scaled dot-product"
+    found = {
+        "flash-attn": has_flash_attn(),
+        "apex": has_apex_norm(),
+        "liger-kernel": importlib.util.find_spec("liger_kernel") is not None,
+    }
+    optional = ", ".join(f"{name} {'found' if there else 'not found'}" for name, there in found.items())
+    return (
+        f"Device {strategy.device.type}, {strategy.args.plugin}, {strategy.args.mixed_precision}; "
+        f"attention: {attention}; {optional}"
+    )
+
+
+def collator_settings(args: argparse.Namespace, strategy: Strategy, inputs: Inputs) -> dict[str, Any]:
+    tokenizer = inputs.tokenizer
+    pad_token_id = None
+    if tokenizer is not None:
+        pad_token_id = tokenizer.eos_token_id if args.pad_token == "eos" else tokenizer.unk_token_id
+        if pad_token_id is None:
+            raise UserError(
+                f"--pad_token {args.pad_token}: the tokenizer has no such token; use --pad_token eos"
+            )
+    return {
+        "pad_token_id": pad_token_id or 0,
+        "pad_to": args.max_length if args.padding_mode == "max_length" else None,
+        "isolate_documents": args.isolate_documents,
+        "vocab_size": inputs.config.vocab_size,
+        "multiple_of": strategy.length_multiple,
+    }
+
+
+def write_configuration(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    write_json(args.config_file, settings)
+
+
+def make_meter(args: argparse.Namespace) -> ThroughputMeter | None:
+    return ThroughputMeter(warmup_steps=BENCHMARK_WARMUP_STEPS) if args.benchmark else None
+
+
+def report_benchmark(meter: ThroughputMeter, strategy: Strategy, inputs: Inputs) -> str:
+    import torch
+    import torch.distributed as dist
+    from colossalai.accelerator import get_accelerator
+
+    on_gpu = strategy.device.type == "cuda"
+    return meter.report(
+        inputs.config,
+        strategy.compute_dtype,
+        dist.get_world_size(),
+        torch.cuda.get_device_name() if on_gpu else "cpu",
+        get_accelerator().max_memory_allocated(),
+    )

@@ -1,0 +1,255 @@
+"""The training loop: one for all plugins, with one state object."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colossal_llama.dataset.loader import (
+    BatchPlan,
+    Collator,
+    EvaluationSampler,
+    PreparedDataset,
+    RowOrder,
+    RowSource,
+    StepSampler,
+    make_loader,
+)
+from colossal_llama.training.checkpoint import CheckpointWriter
+from colossal_llama.training.interruption import StopRequest
+from colossal_llama.training.loss import IGNORE_INDEX
+from colossal_llama.training.metrics import MetricsWriter
+from colossal_llama.training.model import looks_untrained
+from colossal_llama.training.schedule import LearningRateSchedule
+from colossal_llama.training.state import TrainState
+from colossal_llama.training.strategy import Strategy
+from colossal_llama.training.throughput import ThroughputMeter
+from colossal_llama.utils.console import log, progress_bar, warn
+from colossal_llama.utils.errors import UserError
+
+# A run goes on when a save fails (a full disk can be cleared), but not for ever.
+MAX_FAILED_SAVES = 3
+
+
+class Trainer:
+    """Runs optimizer steps from `state` to the end, or until a stop is requested.
+
+    Args:
+        collator: for training rows; evaluation rows use the same settings.
+        writer: saves checkpoints; None saves nothing (benchmarks).
+        metrics: on rank 0; None elsewhere.
+        meter: measures phases for `--benchmark`; None otherwise.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        strategy: Strategy,
+        source: RowSource,
+        evaluation_sets: dict[str, PreparedDataset],
+        collator_settings: dict[str, Any],
+        schedule: LearningRateSchedule,
+        state: TrainState,
+        writer: CheckpointWriter | None,
+        metrics: MetricsWriter | None,
+        stop: StopRequest,
+        meter: ThroughputMeter | None = None,
+    ) -> None:
+        self.args, self.strategy, self.source = args, strategy, source
+        self.evaluation_sets, self.collator_settings = evaluation_sets, collator_settings
+        self.schedule, self.state, self.writer, self.metrics = schedule, state, writer, metrics
+        self.stop, self.meter = stop, meter
+        self.plan = BatchPlan(args.batch_size, args.accumulation_steps, strategy.dp_size, strategy.dp_rank)
+        self.last_step = (
+            schedule.total_steps if args.max_steps < 0 else min(args.max_steps, schedule.total_steps)
+        )
+        self.failed_saves = 0
+        self.saved_step = state.step if state.step else -1
+
+    def run(self) -> bool:
+        """Trains; returns whether the run came to its end (False: it was asked to stop, and has saved)."""
+        state = self.state
+        order = RowOrder(self.source, self.args.seed, self.args.bucketed)
+        sampler = StepSampler(order, self.plan, state.epoch, state.position, self.args.num_epochs)
+        collator = Collator(self.source, **self.collator_settings)
+        on_gpu = self.strategy.device.type == "cuda"
+        batches = iter(make_loader(self.source, sampler, collator, self.args.num_workers, pin_memory=on_gpu))
+        bar = progress_bar(total=self.last_step, initial=state.step, desc="train", unit="step")
+        stopped = False
+        while state.step < self.last_step and not stopped:
+            record, epoch_ended, stopped = self._step(batches)
+            bar.update()
+            bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}", refresh=False)
+            if self._evaluation_is_due(epoch_ended):
+                record.update(self._evaluate())
+            if self.metrics is not None:
+                self.metrics.write(record)
+            if self._save_is_due(epoch_ended) or stopped:
+                self._save()
+        bar.close()
+        return not stopped
+
+    def _phase(self, name: str) -> Any:
+        return nullcontext() if self.meter is None else self.meter.phase(name)
+
+    def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool, bool]:
+        """One optimizer step; returns its record, whether it ended an epoch, and whether a stop was agreed on."""
+        strategy, state = self.strategy, self.state
+        started = time.perf_counter()
+        with self._phase("data"):
+            collated = [next(batches) for _ in range(self.args.accumulation_steps)]
+            problem = next((batch["problem"] for batch in collated if batch["problem"]), None)
+            if problem:
+                raise UserError(problem, this_rank_only=True)
+            counts = torch.tensor(
+                [
+                    sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in collated),
+                    sum(batch["num_tokens"] for batch in collated),
+                    float(self.stop.requested),
+                ],
+                dtype=torch.float64,
+            )
+            num_labels, num_tokens, stop_requests = strategy.sum_counts(counts).tolist()
+            device_batches = [strategy.to_device(batch) for batch in collated]
+        with self._phase("forward and backward"):
+            own_loss = strategy.run_passes(device_batches, int(num_labels), state.step)
+            loss = float(strategy.sum_losses(own_loss.double()[None])[0]) / max(1.0, num_labels)
+        if not math.isfinite(loss):
+            self._stop_at_broken_loss(loss, own_loss, collated)
+        if state.step == 0 and looks_untrained(loss, strategy.causal_lm.config.vocab_size):
+            warn(
+                f"the first loss is {loss:.3f}, what a model with random weights gives "
+                f"(ln of the vocabulary is {math.log(strategy.causal_lm.config.vocab_size):.3f}); "
+                f"are the weights of --pretrained {self.args.pretrained} the ones you meant?"
+            )
+        learning_rate = self.schedule.at(state.step)
+        with self._phase("optimizer"):
+            grad_norm, skipped = strategy.optimizer_step(learning_rate)
+        if not skipped and not math.isfinite(grad_norm):
+            self._stop_at_broken_loss(grad_norm, own_loss, collated, what="gradient norm")
+        epoch = state.epoch
+        epoch_ended = state.advance(self.plan.rows_per_step, int(num_tokens), len(self.source))
+        seconds = time.perf_counter() - started
+        if self.meter is not None:
+            lengths = torch.cat([_document_lengths(batch["document_index"]) for batch in collated]).double()
+            self.meter.end_step(int(num_tokens), float(lengths.sum()), float((lengths**2).sum()))
+        record = {
+            "step": state.step,
+            "epoch": epoch,
+            "tokens": state.tokens,
+            "loss": loss,
+            "lr": learning_rate,
+            "grad_norm": grad_norm,
+            "tokens_per_second": num_tokens / seconds,
+            "step_seconds": seconds,
+        }
+        scale = strategy.loss_scale_state().get("scale")
+        if scale is not None:
+            record["loss_scale"] = scale
+        if skipped:
+            log(
+                f"step {state.step}: fp16 gradients overflowed; the step was left out and the loss scale lowered"
+            )
+        return record, epoch_ended, stop_requests > 0
+
+    def _stop_at_broken_loss(
+        self, value: float, own_loss: torch.Tensor, collated: list[dict[str, Any]], what: str = "loss"
+    ) -> None:
+        """Ends the run, naming step, rank and rows; nothing of this step is saved."""
+        step = self.state.step + 1
+        if not bool(torch.isfinite(own_loss)) or what != "loss":
+            rows = [int(row) for batch in collated for row in batch["row_index"]]
+            named = "; ".join(self.source.describe_row(row) for row in rows[:8])
+            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+            rank = torch.distributed.get_rank()
+            raise UserError(
+                f"step {step}: the {what} is {value} (rank {rank}, rows: {named}{more}). Training stopped before "
+                "anything was saved; the last checkpoint is sound. Look at these rows, lower --lr, or use bf16",
+                this_rank_only=True,
+                exit_code=1,
+            )
+        raise UserError(
+            f"step {step}: the {what} is {value} on another rank, which names its rows. Training stopped",
+            exit_code=1,
+        )
+
+    def _evaluation_is_due(self, epoch_ended: bool) -> bool:
+        if not self.evaluation_sets:
+            return False
+        if self.state.step == self.last_step:
+            return True
+        interval = self.args.eval_interval
+        return epoch_ended if interval == 0 else self.state.step % interval == 0
+
+    def _evaluate(self) -> dict[str, float]:
+        """Token-mean loss and perplexity over all evaluation sets together, and the loss of each."""
+        totals = torch.zeros(2, dtype=torch.float64)
+        results: dict[str, float] = {}
+        for name, dataset in self.evaluation_sets.items():
+            sums = self._evaluate_set(dataset)
+            totals += sums
+            if len(self.evaluation_sets) > 1:
+                results[f"eval_loss/{name}"] = float(sums[0] / sums[1].clamp(min=1))
+        loss = float(totals[0] / totals[1].clamp(min=1))
+        results.update(eval_loss=loss, eval_perplexity=math.exp(min(loss, 700.0)))
+        log(
+            f"step {self.state.step}: evaluation loss {loss:.4f}, perplexity {results['eval_perplexity']:.2f}"
+        )
+        return results
+
+    def _evaluate_set(self, dataset: PreparedDataset) -> torch.Tensor:
+        """[summed loss, tokens with loss] over a data set and all ranks."""
+        sampler = EvaluationSampler(len(dataset), self.plan)
+        loader = make_loader(
+            dataset, sampler, Collator(dataset, **self.collator_settings), 0, pin_memory=False
+        )
+        loss_sum, num_labels = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        for batch in progress_bar(loader, total=len(sampler), desc="evaluate", leave=False):
+            if batch["problem"]:
+                raise UserError(batch["problem"], this_rank_only=True)
+            num_labels += int((batch["labels"] != IGNORE_INDEX).sum())
+            loss_sum += self.strategy.evaluate_pass(self.strategy.to_device(batch)).double().cpu()
+        return torch.cat([self.strategy.sum_losses(loss_sum), self.strategy.sum_counts(num_labels)]).cpu()
+
+    def _save_is_due(self, epoch_ended: bool) -> bool:
+        interval, step = self.args.save_interval, self.state.step
+        at_interval = interval > 0 and step % interval == 0
+        at_epoch = epoch_ended and not self.args.skip_save_each_epoch
+        return at_interval or at_epoch or step == self.last_step
+
+    def _save(self) -> Path | None:
+        """Saves; a failure is reported loudly and the run goes on, unless several saves in a row failed."""
+        if self.writer is None or self.saved_step == self.state.step:
+            return None
+        try:
+            path = self.writer.save(self.state)
+        except OSError as error:
+            self.failed_saves += 1
+            warn(
+                f"{error}; earlier checkpoints are kept, training goes on ({self.failed_saves}/{MAX_FAILED_SAVES})"
+            )
+            if (
+                self.failed_saves >= MAX_FAILED_SAVES
+                or self.state.step == self.last_step
+                or self.stop.requested
+            ):
+                raise UserError(
+                    f"{error}; free space on the disk of --save_dir and resume", exit_code=1
+                ) from None
+            return None
+        self.failed_saves, self.saved_step = 0, self.state.step
+        log(f"Saved {path}")
+        return path
+
+
+def _document_lengths(document_index: torch.Tensor) -> torch.Tensor:
+    """Lengths of all documents in [rows, length] document numbers; padding is not counted."""
+    offset = document_index + torch.arange(document_index.size(0))[:, None] * (document_index.size(1) + 1)
+    return torch.unique(offset[document_index >= 0], return_counts=True)[1]
