@@ -1,0 +1,130 @@
+"""Atomic writes, JSON errors that name the place, and locks on directories."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import locked_directory, read_json, write_json, write_text_atomically
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(), children, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(JSON_VALUES)
+def test_json_survives_a_round_trip(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # lone surrogates
+        return
+    write_json(path, value)
+    assert read_json(path) == value
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_chinese_stays_readable(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"piece": "人工智能"})
+    assert "人工智能" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_parents_are_made_and_nothing_is_left_aside(tmp_path: Path) -> None:
+    write_text_atomically(tmp_path / "a" / "b" / "text", "new")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["text"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text"
+    write_text_atomically(path, "old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_text_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    texts = {"a" * 1_000_000, "b" * 1_000_000}
+    write_text_atomically(path, "a" * 1_000_000)
+    program = (
+        "import sys; from pathlib import Path; from colossal_llama.utils.files import write_text_atomically\n"
+        "print('ready', flush=True)\n"
+        "while True:\n    for c in 'ab': write_text_atomically(Path(sys.argv[1]), c * 1_000_000)"
+    )
+    for delay in (0.0, 0.01, 0.03, 0.05, 0.07):
+        process = subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert path.read_text() in texts
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b'{\n  "a": 1,\n  b\n}', ":3: not valid JSON"),
+        (b"\xff\xfe", "not UTF-8 text"),
+        (None, "no such file"),
+    ],
+)
+def test_bad_json_names_the_place(tmp_path: Path, content: bytes | None, complaint: str) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_json(path)
+    assert str(path) in caught.value.problems[0]
+
+
+HOLD_LOCK = (
+    "import sys, time; from pathlib import Path; from colossal_llama.utils.files import locked_directory\n"
+    "with locked_directory(Path(sys.argv[1]), 'a test'):\n    print('locked', flush=True); time.sleep(60)"
+)
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    directory = tmp_path / "made by the lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, directory], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with (
+            pytest.raises(
+                UserError, match=rf"in use by process {holder.pid} on .*training needs a directory"
+            ),
+            locked_directory(directory, "training"),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with locked_directory(directory, "training"):
+        assert f"process {os.getpid()} " in (directory / ".lock").read_text()
+
+
+def test_the_lock_ends_with_its_block(tmp_path: Path) -> None:
+    for _ in range(2):
+        with locked_directory(tmp_path, "a test"):
+            pass
+    with pytest.raises(RuntimeError), locked_directory(tmp_path, "a test"):
+        raise RuntimeError
+    with locked_directory(tmp_path, "a test"):
+        pass
