@@ -45,6 +45,8 @@ COMPLETE_FILE = "COMPLETE"
 STATE_FILE = "running_states.json"
 SCHEDULE_FILE = "lr_scheduler"
 _NAME = re.compile(r"epoch-(\d+)_step-(\d+)$")
+# Weight files of `modeling/` are cut at this size.
+MAX_FILE_BYTES = 5 * 1024**3
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -208,10 +210,12 @@ class CheckpointWriter:
             if strategy.args.lora_rank:
                 if self.is_main:
                     _save_lora(strategy, directory)
-            else:
+            elif strategy.args.plugin in GEMINI_PLUGINS:
                 strategy.booster.save_model(
                     strategy.model, str(directory), shard=True, size_per_shard=5 * 1024, use_safetensors=True
                 )
+            else:
+                self._write_weights(directory)
             if self.is_main:
                 if not (directory / "adapter_config.json").is_file():
                     _write_configs(strategy, directory)
@@ -219,6 +223,65 @@ class CheckpointWriter:
         except (OSError, RuntimeError) as error:
             failure = OSError(getattr(error, "errno", None), str(error), str(directory))
         self._agree(failure, directory)
+
+    def _write_weights(self, directory: Path) -> None:
+        """Each pipeline stage writes its own safetensors files; rank 0 writes the index over all of them.
+
+        Sharded tensors are gathered one at a time over the tensor parallel group; rows that pad the vocabulary are
+        cut off. colossalai's own `save_model` fails on padded embeddings without tensor parallelism.
+        """
+        from colossalai.checkpoint_io.utils import gather_distributed_param
+
+        strategy, args = self.strategy, self.strategy.args
+        stage, takes_part, writes = 0, self.is_main, self.is_main
+        if args.plugin == "3d":
+            plugin = strategy.plugin
+            stage = plugin.pg_mesh.coordinate(plugin.pp_axis)
+            takes_part = dist.get_rank(plugin.mixed_dp_group) == 0
+            writes = takes_part and dist.get_rank(plugin.tp_group) == 0
+        location: dict[str, tuple[str, int]] = {}
+        failure = None
+        if takes_part:
+            config = strategy.causal_lm.config
+            pending: dict[str, torch.Tensor] = {}
+            number = pending_bytes = 0
+
+            def flush() -> None:
+                nonlocal number, pending_bytes
+                number += 1
+                name = f"model-{stage + 1:05d}-{number:05d}.safetensors"
+                for tensor_name, tensor in pending.items():
+                    location[tensor_name] = (name, tensor.nbytes)
+                save_file(pending, directory / name, metadata={"format": "pt"})
+                pending.clear()
+                pending_bytes = 0
+
+            for name, parameter in strategy.causal_lm.named_parameters():
+                tensor = gather_distributed_param(parameter, keep_vars=False)
+                if not writes or failure is not None:
+                    continue
+                if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                    if config.tie_word_embeddings and name.startswith("lm_head"):
+                        continue
+                    tensor = tensor[: config.vocab_size]
+                try:
+                    if pending and pending_bytes + tensor.nbytes > MAX_FILE_BYTES:
+                        flush()
+                    pending[name] = tensor.detach().contiguous().cpu()
+                    pending_bytes += tensor.nbytes
+                except Exception as error:  # every rank must reach the collectives below
+                    failure = error
+            if writes and failure is None and pending:
+                try:
+                    flush()
+                except Exception as error:
+                    failure = error
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, location)
+        if failure is not None:
+            raise OSError(None, str(failure), str(directory)) from failure
+        if self.is_main:
+            _write_weight_index(directory, {k: v for each in gathered for k, v in each.items()})
 
     def save_final_modeling(self) -> Path:
         """Writes `<save_dir>/modeling`, replacing an older one only once the new one is complete."""
@@ -376,6 +439,21 @@ def _finish(aside: Path, target: Path) -> None:
         shutil.rmtree(target)
     aside.rename(target)
     sync_directory(target.parent)
+
+
+def _write_weight_index(directory: Path, location: dict[str, tuple[str, int]]) -> None:
+    """One file gets the name that needs no index; several get the index that `from_pretrained` reads."""
+    files = {file for file, _ in location.values()}
+    if len(files) == 1:
+        (directory / files.pop()).rename(directory / "model.safetensors")
+        return
+    write_json(
+        directory / "model.safetensors.index.json",
+        {
+            "metadata": {"total_size": sum(size for _, size in location.values())},
+            "weight_map": {name: file for name, (file, _) in sorted(location.items())},
+        },
+    )
 
 
 def _sync_file(path: Path) -> None:
