@@ -144,9 +144,9 @@ stop_training() {
     stop_local_launchers "$launcher"
     if ! is_single_host; then
         for host in "${hosts[@]}"; do
-            # Matches torchrun and its workers by the directory that only this run writes to.
+            # torchrun alone, which tells its workers; known by the directory that only this run writes to.
             ssh -o BatchMode=yes -o ConnectTimeout=10 "$host" \
-                "pkill -TERM -f -- '--save_dir[ =]$(sed 's/[].[*^$\\/'"'"']/./g' <<<"$SAVE_DIR")'" </dev/null &
+                "pkill -TERM -f -- '^[^ ]*python[^ ]* [^ ]*torchrun .*--save_dir[ =]$(sed 's/[].[*^$\\/'"'"']/./g' <<<"$SAVE_DIR")'" </dev/null &
         done
     fi
     stopped_by=$signal
