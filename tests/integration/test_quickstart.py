@@ -1,0 +1,78 @@
+"""quickstart.sh as a newcomer runs it, in the environment that runs the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """The tests' own Python first on PATH, and nothing that the tests have set."""
+    names = ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
+    path = f"{Path(sys.executable).parent}:{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
+    return {"PATH": path} | {name: os.environ[name] for name in names if name in os.environ}
+
+
+def test_quickstart(root: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    output = tmp_path / "a directory with spaces"
+    result = subprocess.run(
+        ["bash", str(root / "quickstart.sh"), "--output_dir", str(output), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=1500,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    lines = result.stdout.splitlines()
+    model_dir = output / "sft" / "modeling"
+    assert lines[-1] == f"Model: {model_dir}"
+    assert sum(line == "(as in the sample)" for line in lines) >= 3
+    for stage in ("pretrain", "sft"):
+        metrics = (output / f"{stage}_logs" / "metrics.jsonl").read_text(encoding="utf-8")
+        records = [json.loads(line) for line in metrics.splitlines()]
+        losses = [record["loss"] for record in records if "loss" in record]
+        assert losses[-1] < 0.7 * losses[0]
+        assert (output / f"{stage}_logs" / "training_curves.png").is_file()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        AutoTokenizer.from_pretrained(model_dir),
+    )
+    assert (
+        model.config.vocab_size >= len(tokenizer) > len(AutoTokenizer.from_pretrained(output / "base_model"))
+    )
+
+
+def test_directories_of_other_people_are_left_alone(
+    root: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("mine")
+    result = subprocess.run(
+        ["bash", str(root / "quickstart.sh"), "--output_dir", str(tmp_path), "--device=cpu"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.returncode == 2
+    assert "not empty and not made by quickstart.sh" in result.stderr
+    assert (tmp_path / "model" / "weights").read_text() == "mine"
+
+
+def test_all_bad_arguments_at_once(root: Path) -> None:
+    command = ["bash", str(root / "quickstart.sh"), "--device", "tpu", "--fast", "--output_dir"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    for problem in ("--device tpu: ", "--fast: unknown", "--output_dir: give a value"):
+        assert f"error: {problem}" in result.stderr

@@ -1,0 +1,256 @@
+"""Every command in README, docs and shell examples goes through the parser of the script that it calls."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, load_script
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/data/README.md"]
+SCRIPTS = [
+    "colossal_llama/tokenizer/learn_pieces.py",
+    "colossal_llama/tokenizer/init_tokenizer.py",
+    "colossal_llama/tokenizer/compare_tokenizers.py",
+    "colossal_llama/model/init_model.py",
+    "prepare_pretrain_dataset.py",
+    "prepare_sft_dataset.py",
+    "train.py",
+    "inference_example.py",
+    "examples/make_base_model.py",
+]
+# Launchers and the options of theirs that take a value.
+LAUNCHERS = {
+    "python": (),
+    "torchrun": ("--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"),
+    "colossalai": ("--nproc_per_node", "--hostfile", "--host", "--master_addr", "--master_port"),
+}
+DIRECTORIES = (
+    "--source_tokenizer_dir",
+    "--source_model_and_tokenizer_path",
+    "--target_tokenizer_path",
+    "--tokenizer_dir",
+    "--pretrained",
+    "--dataset",
+    "--eval_dataset",
+    "--load_checkpoint",
+    "--model_path",
+)
+DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs")
+FILES = ("--expand_tokens_file",)
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser of a script, whichever module declares it."""
+    module = load_script(ROOT / script)
+    return module.build_parser()
+
+
+def shell_blocks(document: Path) -> list[str]:
+    text = document.read_text(encoding="utf-8")
+    return re.findall(r"^```(?:bash|sh|shell)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def split_commands(text: str) -> list[list[str]]:
+    """Commands of a shell text as words; backslash line ends are joined, comments left out."""
+    commands = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        if words:
+            commands.append(words)
+    return commands
+
+
+def script_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
+    """`colossalai run --nproc_per_node 2 train.py --lr 1` -> ("train.py", ["--lr", "1"]); None for others."""
+    if words[0] not in LAUNCHERS:
+        return None
+    rest = words[2:] if words[:2] == ["colossalai", "run"] else words[1:]
+    while rest and rest[0].startswith("-"):
+        if rest[0] in ("-m", "-c"):
+            return None
+        takes_value = "=" not in rest[0] and rest[0] in LAUNCHERS[words[0]]
+        assert takes_value or "=" in rest[0], f"{rest[0]}: unknown option of {words[0]}"
+        rest = rest[2:] if takes_value else rest[1:]
+    if not rest or not rest[0].endswith(".py") or rest[0].startswith("benchmarks/"):
+        return None
+    arguments = rest[1:]
+    if words[0] == "colossalai":  # a shell on each host splits what it gets once more
+        arguments = shlex.split(" ".join(arguments)) if not any("<" in a for a in arguments) else arguments
+    return rest[0], arguments
+
+
+def create_inputs(arguments: list[str]) -> None:
+    """Makes what a command reads, in the current directory, so that parsers that look for it are content."""
+    flag = ""
+    for word in arguments:
+        if word.startswith("--"):
+            flag, _, word = word.partition("=")
+            if not word:
+                continue
+        names = [word] if flag in (*DIRECTORIES, *FILES) else []
+        if flag in DIRECTORY_LISTS:
+            names = [name.strip() for name in word.split(",")]
+        for name in names:
+            path = Path(name)
+            if path.is_absolute() or name == "latest":
+                continue
+            if flag in FILES:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                (path / "config.json").touch()
+
+
+def assert_parses(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    found = script_and_arguments(words)
+    assert found is not None, words
+    script, arguments = found
+    assert (ROOT / script).is_file(), f"{script}: no such script"
+    if "--help" in arguments:
+        return
+    create_inputs(arguments)
+    try:
+        parser_of(script).parse_args(arguments)
+    except SystemExit:
+        pytest.fail(f"{shlex.join(words)}\n{capsys.readouterr().err}")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_documents(document: Path, capsys: pytest.CaptureFixture) -> None:
+    commands = [words for block in shell_blocks(document) for words in split_commands(block)]
+    checked = [words for words in commands if script_and_arguments(words)]
+    for words in checked:
+        assert_parses(words, capsys)
+    for words in commands:
+        if words[0] == "bash" and not words[1].startswith("-"):
+            assert (ROOT / words[1]).is_file(), words
+    if document.name == "README.md" and document.parent == ROOT:
+        assert {script_and_arguments(words)[0] for words in checked} == set(SCRIPTS)
+
+
+@pytest.fixture(scope="module")
+def quickstart_commands() -> list[list[str]]:
+    result = subprocess.run(
+        ["bash", str(ROOT / "quickstart.sh"), "--print_commands"], capture_output=True, text=True, check=True
+    )
+    return [words[1:] for words in split_commands(result.stdout) if words[0] == "$"]
+
+
+def test_commands_of_quickstart(quickstart_commands: list[list[str]], capsys: pytest.CaptureFixture) -> None:
+    assert [script_and_arguments(words)[0] for words in quickstart_commands[:8]] == [
+        "examples/make_base_model.py",
+        "colossal_llama/tokenizer/learn_pieces.py",
+        "colossal_llama/tokenizer/init_tokenizer.py",
+        "colossal_llama/model/init_model.py",
+        "prepare_pretrain_dataset.py",
+        "train.py",
+        "prepare_sft_dataset.py",
+        "train.py",
+    ]
+    assert len(quickstart_commands) >= 8 + 3
+    for words in quickstart_commands:
+        assert_parses(words, capsys)
+
+
+def test_readme_has_the_commands_of_quickstart(quickstart_commands: list[list[str]]) -> None:
+    documented = [words for block in shell_blocks(ROOT / "README.md") for words in split_commands(block)]
+    for words in quickstart_commands:
+        assert words in documented, f"not in README.md as quickstart.sh runs it: {shlex.join(words)}"
+
+
+@pytest.mark.parametrize("example", ["train.example.sh", "train_sft.example.sh"])
+def test_shell_examples(example: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The example with its variables filled in, and a launcher that prints what it is given."""
+    text = (ROOT / example).read_text(encoding="utf-8")
+    for name in (
+        "PROJECT_NAME",
+        "PARENT_SAVE_DIR",
+        "PARENT_TENSORBOARD_DIR",
+        "PARENT_CONFIG_FILE",
+        "PRETRAINED_MODEL_PATH",
+    ):
+        text, count = re.subn(rf'^{name}=""', f'{name}="a {name.lower()}"', text, flags=re.MULTILINE)
+        assert count == 1
+    text = text.replace(
+        "declare -a dataset=(\n", 'declare -a dataset=(\n"data 1/arrow" "data 2/arrow/part-00000"\n'
+    )
+    text = re.sub(r"^launch_training ", r"printf '%s\\0' ", text, flags=re.MULTILINE)
+    (tmp_path / example).write_text(text, encoding="utf-8")
+    shutil.copytree(ROOT / "examples/launch", tmp_path / "examples/launch")
+    result = subprocess.run(["bash", example], capture_output=True, text=True, check=True)
+    arguments = result.stdout.split("\0")[:-1]
+    assert "data 2/arrow/part-00000" in arguments
+    assert_parses(["python", "train.py", *arguments], capsys)
+
+
+def test_examples_name_everything_that_is_missing() -> None:
+    for example in ("train.example.sh", "train_sft.example.sh"):
+        result = subprocess.run(["bash", str(ROOT / example)], capture_output=True, text=True)
+        assert result.returncode == 2
+        assert result.stderr.count("error: ") == 6
+        assert result.stdout == ""
+
+
+def test_hostfile_example_holds_names_only() -> None:
+    for line in (ROOT / "hostfile.example").read_text().splitlines():
+        assert re.fullmatch(r"[A-Za-z0-9.-]+", line)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_readme_lists_every_argument_with_its_default(script: str) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(rf"^### {re.escape(script)}\n(.*?)(?=^##)", text, flags=re.MULTILINE | re.DOTALL)
+    assert section, f"README.md has no table for {script}"
+    rows = {
+        match[0]: match[1]
+        for match in re.findall(r"^\| `(--\w+)`[^|]*\| ([^|]*?) \|", section[1], flags=re.MULTILINE)
+    }
+    parser = parser_of(script)
+    for action in parser._actions:
+        if not action.option_strings or action.dest == "help":
+            continue
+        assert action.option_strings[0] in rows, f"{script}: {action.option_strings[0]} is not in README.md"
+        for alias in action.option_strings:
+            assert f"`{alias}`" in section[1]
+        written = rows.pop(action.option_strings[0]).strip("`")
+        if action in parser._required:
+            assert written == "required"
+        elif isinstance(action.default, bool):
+            assert written == {True: "on", False: "off"}[action.default]
+        elif action.default is not None and "default" not in (action.help or ""):
+            assert written == str(action.default), f"{script} {action.option_strings[0]}"
+    assert not rows, f"README.md lists arguments that {script} does not have: {list(rows)}"
+
+
+def test_links_of_documents_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        text = re.sub(
+            r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+        )
+        anchors = {
+            re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+        }
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("http"):
+                continue
+            path, _, anchor = target.partition("#")
+            if path:
+                assert os.path.exists(document.parent / path), f"{document.name}: {target}"
+            elif anchor:
+                assert anchor in anchors, f"{document.name}: {target}"
