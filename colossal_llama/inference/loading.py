@@ -1,0 +1,193 @@
+"""Loads a model and its tokenizer from the hub or a directory, with what suits the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import find_adapter_config_file
+
+from colossal_llama.inference.arguments import model_name
+from colossal_llama.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+# What fp32 weights may take of the memory that is free; the rest is for the cache and activations.
+MEMORY_SHARE = 0.8
+# These kinds of rotary scaling stretch the positions by their factor; the others state the full length.
+STRETCHED_ROPE_TYPES = ("linear", "dynamic")
+MAX_NAMED_TENSORS = 5
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device. `context_length` is in tokens, prompt and answer together."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context_length: int
+
+    def describe(self) -> str:
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        parameters = self.model.num_parameters()
+        return f"{parameters:,} parameters, {names[self.model.dtype]}, {self.model.device}"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of `--device`; `UserError` when this machine does not have it."""
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        if found == 0:
+            raise UserError(f"--device {name}: torch finds no GPU here; use --device cpu or auto")
+        if (device.index or 0) >= found:
+            raise UserError(f"--device {name}: this machine has {found} GPUs, cuda:0 to cuda:{found - 1}")
+    return device
+
+
+def choose_dtype(
+    name: str, device: torch.device, stored: torch.dtype | None, num_parameters: int
+) -> torch.dtype:
+    """The dtype of `--dtype`; for "auto", what is exact and fits.
+
+    Args:
+        stored: dtype of the weights on disk, where the configuration states it.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        if stored in HALF_DTYPES and (has_bf16 or stored == torch.float16):
+            return stored
+        return torch.bfloat16 if has_bf16 else torch.float16
+    fits = 4 * num_parameters < MEMORY_SHARE * psutil.virtual_memory().available
+    return torch.float32 if fits else torch.bfloat16
+
+
+def find_context_length(config: PretrainedConfig) -> int:
+    """Positions that the model's rotary embedding covers."""
+    scaling = getattr(config, "rope_scaling", None) or {}
+    rope_type = scaling.get("rope_type", scaling.get("type"))
+    factor = scaling.get("factor", 1.0) if rope_type in STRETCHED_ROPE_TYPES else 1.0
+    return int(config.max_position_embeddings * factor)
+
+
+def load_model(
+    name: str, tokenizer_name: str | None, device_name: str, dtype_name: str, trust_remote_code: bool
+) -> LoadedModel:
+    """The model of `--model_path`; a LoRA adapter is merged into the base model that it names.
+
+    Raises:
+        UserError: the device is not there, or something can't be loaded, or not completely.
+    """
+    device = resolve_device(device_name)
+    with loading_errors("--model_path", name):
+        adapter_config = find_adapter_config_file(name)
+    base = name if adapter_config is None else _find_base_model(name, Path(adapter_config))
+    where = name if adapter_config is None else f"{name}, base model {base}"
+    with loading_errors("--model_path", where):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        dtype = choose_dtype(dtype_name, device, config.torch_dtype, empty.num_parameters())
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base,
+            config=config,
+            torch_dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            low_cpu_mem_usage=True,
+            output_loading_info=True,
+        )
+    _refuse_incomplete(where, report["missing_keys"])
+    if adapter_config is not None:
+        model = _merge_adapter(model, name)
+    with loading_errors("--device", device_name):
+        model.to(device)
+    tokenizer = load_tokenizer(tokenizer_name, name, base, trust_remote_code)
+    return LoadedModel(model.eval(), tokenizer, find_context_length(model.config))
+
+
+def load_tokenizer(
+    given: str | None, model: str, base: str, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `--tokenizer_path`, else the model's; an adapter may leave it to its base model."""
+    flag, name = "--tokenizer_path", given
+    if given is None:
+        flag = "--model_path"
+        has_own = not Path(model).is_dir() or (Path(model) / "tokenizer_config.json").is_file()
+        name = model if has_own else base
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Rust library has no exception types of its own
+        remedy = "" if given else "; name one with --tokenizer_path"
+        raise UserError(f"{flag} {name}: no tokenizer can be loaded: {_one_line(error)}{remedy}") from None
+
+
+@contextlib.contextmanager
+def loading_errors(flag: str, name: str) -> Iterator[None]:
+    """Files that are missing, damaged or of another kind, and a hub out of reach, are the user's to mend."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{flag} {name}: the GPU's memory is full; use --dtype bf16, or --device cpu"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        is_hub_name = flag == "--model_path" and not Path(name.split(",")[0]).exists()
+        what = (
+            "no such directory here, and it can't be had from the Hugging Face hub"
+            if is_hub_name
+            else "can't be loaded"
+        )
+        raise UserError(f"{flag} {name}: {what}: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _refuse_incomplete(where: str, missing: list[str]) -> None:
+    """Weights that are not in the files would be random, and the answers noise."""
+    if missing:
+        named = ", ".join(sorted(missing)[:MAX_NAMED_TENSORS])
+        more = f" and {len(missing) - MAX_NAMED_TENSORS:,} more" if len(missing) > MAX_NAMED_TENSORS else ""
+        raise UserError(f"--model_path {where}: weights are missing from its files: {named}{more}")
+
+
+def _find_base_model(adapter: str, config_file: Path) -> str:
+    """The base model that an adapter names; `UserError` when it is a directory that is not there."""
+    try:
+        base = json.loads(config_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return model_name(base)
+    except (KeyError, TypeError, json.JSONDecodeError):
+        problem = "names no base model"
+    except ValueError as error:
+        problem = f"base model {base}: {error}"
+    raise UserError(f"--model_path {adapter}: {config_file}: {problem}; set base_model_name_or_path in it")
+
+
+def _merge_adapter(model: PreTrainedModel, adapter: str) -> Any:
+    from peft import PeftConfig, get_peft_model
+
+    with loading_errors("--model_path", adapter):
+        adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter))
+        # peft prefers a GPU of its own choice.
+        report = adapted.load_adapter(adapter, "default", torch_device="cpu")
+        _refuse_incomplete(adapter, [key for key in report.missing_keys if "lora_" in key])
+        if report.unexpected_keys:
+            names = ", ".join(sorted(report.unexpected_keys)[:MAX_NAMED_TENSORS])
+            raise UserError(f"--model_path {adapter}: its base model has no place for {names}")
+        return adapted.merge_and_unload()
