@@ -48,7 +48,7 @@ def corpus(root: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def llama3_model_dir(llama3_tokenizer_dir: Path, root: Path, tmp_path: Path) -> Path:
-    from conftest import load_script
+    from support import load_script
     from transformers import AutoTokenizer
 
     directory = tmp_path / "llama3_model"

@@ -221,7 +221,7 @@ def test_byte_level_model(
 
 
 def make_llama3_model(tokenizer_dir: Path, root: Path, target: Path) -> Path:
-    from conftest import load_script
+    from support import load_script
     from transformers import AutoTokenizer
 
     shutil.copytree(tokenizer_dir, target)

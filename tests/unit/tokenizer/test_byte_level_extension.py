@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LLAMA3_SPECIAL_TOKENS
+from support import LLAMA3_SPECIAL_TOKENS
 from corpus import CHINESE, sample_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
