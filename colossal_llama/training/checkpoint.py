@@ -3,6 +3,7 @@
     <save_dir>/epoch-0_step-100/
         modeling/            what `from_pretrained` reads: weights, config, generation config, tokenizer
         optimizer/           one safetensors file a shard: fp32 master weights and Adam moments, by parameter name
+        adapter/             LoRA adapters, when `modeling/` has them merged
         rng/                 one file a rank: python, numpy, torch and CUDA generators
         lr_scheduler         the schedule, JSON
         running_states.json  position, data fingerprint, layout, arguments, versions
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from colossal_llama.training.strategy import Strategy
 
 COMPLETE_FILE = "COMPLETE"
+ADAPTER_DIRECTORY = "adapter"
 STATE_FILE = "running_states.json"
 SCHEDULE_FILE = "lr_scheduler"
 _NAME = re.compile(r"epoch-(\d+)_step-(\d+)$")
@@ -178,6 +180,8 @@ class CheckpointWriter:
         self._agree(failure, aside)
         self.save_modeling(aside / "modeling")
         try:
+            if self.is_main and self.strategy.args.merge_lora:
+                self.strategy.peft_model.save_pretrained(aside / ADAPTER_DIRECTORY)
             if self.is_main:
                 _finish(aside, target)
                 self._remove_old(keep=target)

@@ -98,10 +98,12 @@ def freeze_all_but_embeddings(model: LlamaForCausalLM) -> None:
     model.get_output_embeddings().requires_grad_(True)
 
 
-def add_lora(model: LlamaForCausalLM, rank: int) -> nn.Module:
-    """Wraps the model with LoRA adapters on all attention and MLP projections; the adapters' weights are fp32."""
-    from peft import LoraConfig, TaskType, get_peft_model
+def add_lora(model: LlamaForCausalLM, rank: int, adapter: Path | None) -> nn.Module:
+    """Wraps the model with LoRA on all attention and MLP projections: new adapters, or saved ones from `adapter`."""
+    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
+    if adapter is not None:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
     return get_peft_model(
         model,
         LoraConfig(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_directories
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
-from colossal_llama.training.checkpoint import STATE_FILE, list_checkpoints
+from colossal_llama.training.checkpoint import ADAPTER_DIRECTORY, STATE_FILE, list_checkpoints
 from colossal_llama.training.interruption import StopRequest
 from colossal_llama.training.model import (
     add_lora,
@@ -269,7 +269,11 @@ def boost_model(
     if args.freeze_non_embeds_params:
         freeze_all_but_embeddings(causal_lm)
     if args.lora_rank:
-        model = add_lora(causal_lm, args.lora_rank)
+        adapter = None
+        if checkpoint is not None:
+            merged = (checkpoint / ADAPTER_DIRECTORY).is_dir()
+            adapter = checkpoint / (ADAPTER_DIRECTORY if merged else "modeling")
+        model = add_lora(causal_lm, args.lora_rank, adapter)
     noise = EmbeddingNoise(args.neft_alpha, args.seed) if args.use_neft else None
     strategy.boost(model, causal_lm, noise)
 

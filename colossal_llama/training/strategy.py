@@ -142,7 +142,7 @@ class Strategy:
             model: `causal_lm` itself, or a PEFT model around it.
         """
         args = self.args
-        self.causal_lm = causal_lm
+        self.causal_lm, self.peft_model = causal_lm, model
         self.embedding_noise = noise
         if args.use_grad_checkpoint:
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})

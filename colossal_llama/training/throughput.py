@@ -38,8 +38,8 @@ _H100_NVL = _peaks(835.5, 835.5, 60)
 _V100_SXM2 = _peaks(None, 125, 15.7)
 _V100_PCIE = _peaks(None, 112, 14)
 
-# Dense figures (no sparsity) of NVIDIA's data sheets, by the driver's name for the device. fp16 and bf16: tensor
-# cores accumulating in fp32; fp32: without TF32, which torch leaves off for matrix products.
+# Dense figures (no sparsity) of NVIDIA's data sheets, by the driver's name for the device. fp16 and bf16: on
+# tensor cores accumulating in fp32; fp32: without TF32, which torch leaves off for matrix products.
 PEAK_FLOPS: dict[str, dict[torch.dtype, float]] = {
     "A100-SXM4-40GB": _A100,
     "A100-SXM4-80GB": _A100,
@@ -78,8 +78,8 @@ def flops_per_token(
 ) -> float:
     """Forward and backward pass, for each token: 6 (N - N_input_embedding) + 6 L d (sum len^2 / sum len).
 
-    The input embedding is left out because a look-up multiplies nothing; a tied matrix is the head, and counts.
-    d is heads x head size, L the number of layers. After Kaplan et al. 2020 (6 N) and Chowdhery et al. 2022
+    The input embedding is left out: a look-up multiplies nothing. A tied matrix is the head, and counts. d is
+    heads x head size, L the number of layers. After Kaplan et al. 2020 (6 N) and Chowdhery et al. 2022
     (attention: 12 L d len there, of which a causal mask uses half).
 
     Args:
