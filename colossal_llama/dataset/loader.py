@@ -25,7 +25,9 @@ _PART_NAME = re.compile(r"part-(\d+)$")
 
 @dataclass
 class Row:
-    """One row of a bin: `input_ids` and `labels` [tokens], `document_lengths` [documents], summing to the tokens."""
+    """One row of a bin: `input_ids` and `labels` [tokens], `document_lengths` [documents], summing to
+    the tokens.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -36,6 +38,8 @@ class RowSource(Protocol):
     """What training reads rows from: a prepared data set, or random rows for a benchmark."""
 
     bucket_ranges: list[list[tuple[int, int]]]
+    num_tokens: int
+    fingerprint: str
 
     def __len__(self) -> int: ...
 
@@ -81,8 +85,8 @@ class PreparedDataset:
         tokenizer_fingerprint: of the model's tokenizer; parts made with another one are refused.
 
     Attributes:
-        bucket_ranges: for each bucket, in order, the [start, end) ranges of its rows; part-N of all directories
-            together is bucket N.
+        bucket_ranges: for each bucket, in order, the [start, end) ranges of its rows; part-N of all
+            directories together is bucket N.
         num_tokens: in all rows.
         fingerprint: changes when the rows, their number or their order change.
     """
@@ -96,7 +100,7 @@ class PreparedDataset:
     ) -> None:
         self.paths = list(parts)
         self.max_length = max_length
-        self.tables = [_open_part(path) for path in self.paths]
+        self.tables = _open_parts(self.paths)
         self.starts = np.concatenate([[0], np.cumsum([len(table) for table in self.tables])]).astype(np.int64)
         self.num_tokens = 0
         digest, problems, buckets = hashlib.sha256(), [], {}
@@ -144,18 +148,23 @@ class PreparedDataset:
         return f"{self.paths[part]} row {row}"
 
 
-def _open_part(path: Path) -> datasets.Dataset:
+def _open_parts(paths: Sequence[Path]) -> list[datasets.Dataset]:
     import datasets
 
-    try:
-        part = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise UserError(f"--dataset {path}: cannot be read ({type(error).__name__}: {error})") from None
-    missing = {"input_ids", "labels"} - set(part.column_names)
-    if missing:
-        raise UserError(f"--dataset {path}: has no column {', '.join(sorted(missing))}")
-    # A shuffled or filtered set keeps an index table beside its rows; ours never do.
-    return part.flatten_indices() if part._indices is not None else part
+    parts, problems = [], []
+    for path in paths:
+        try:
+            part = datasets.load_from_disk(str(path))
+        except Exception as error:
+            problems.append(f"--dataset {path}: cannot be read ({type(error).__name__}: {error})")
+            continue
+        missing = {"input_ids", "labels"} - set(part.column_names)
+        if missing:
+            problems.append(f"--dataset {path}: has no column {', '.join(sorted(missing))}")
+        parts.append(part)
+    if problems:
+        raise UserError(problems)
+    return parts
 
 
 def _values(table: datasets.Dataset, column: str, row: int) -> np.ndarray:
@@ -190,7 +199,8 @@ def _check_part(
 class RowOrder:
     """The order of all rows in each epoch, fixed by (seed, epoch, buckets) and by nothing else.
 
-    Without `bucketed` the whole data set is shuffled; with it, buckets come in order and each is shuffled inside.
+    Without `bucketed` the whole data set is shuffled; with it, buckets come in order and each is shuffled
+    inside.
     """
 
     def __init__(self, source: RowSource, seed: int, bucketed: bool) -> None:
@@ -214,8 +224,8 @@ class BatchPlan:
     """How the rows of an optimizer step are dealt out.
 
     A step takes `rows_per_step` consecutive rows of the order; pass `a` of data-parallel rank `r` gets rows
-    `(a * dp_size + r) * batch_size` and following of them. Every rank of a tensor, pipeline or sequence group has the
-    same `dp_rank` and so the same rows.
+    `(a * dp_size + r) * batch_size` and following of them. Every rank of a tensor, pipeline or sequence
+    group has the same `dp_rank` and so the same rows.
     """
 
     batch_size: int
@@ -273,12 +283,13 @@ class EvaluationSampler:
 class Collator:
     """Makes a batch of rows.
 
-    Two rows, `max_length` 6; the first holds two documents of three and two tokens, the second one of three. Labels
-    are shifted here: `labels[t]` is what position t has to predict, and nothing predicts a document's first token.
+    Two rows, `max_length` 6; the first holds two documents of three and two tokens, the second one of
+    three. Labels are shifted here: `labels[t]` is what position t has to predict, and nothing predicts a
+    document's first token.
 
         input_ids        a b c d e .      f g h . . .
-        labels           b c - e - -      g h - - - -        (- is -100; all tokens of these documents have loss)
-        position_ids     0 1 2 0 1 0      0 1 2 0 1 2
+        labels           b c - e - -      g h - - - -        (- is -100; all tokens of these documents have
+        loss) position_ids     0 1 2 0 1 0      0 1 2 0 1 2
         document_index   0 0 0 1 1 -      0 0 0 - - -        (- is -1: padding is a document of its own)
 
     Args:
@@ -306,8 +317,8 @@ class Collator:
         """Makes the batch; a `UserError` comes back as `problem`, for a loader worker can't raise it as it is.
 
         Returns:
-            `input_ids`, `labels`, `position_ids`, `document_index` [rows, length] and `row_index` [rows], all int64
-            (-1 for an empty row), `num_tokens` (padding not counted), `problem`.
+            `input_ids`, `labels`, `position_ids`, `document_index` [rows, length] and `row_index` [rows],
+            all int64 (-1 for an empty row), `num_tokens` (padding not counted), `problem`.
         """
         try:
             return self._collate(rows)
@@ -316,7 +327,7 @@ class Collator:
 
     def _collate(self, rows: list[int | None]) -> dict[str, Any]:
         contents = [None if row is None else self.source[row] for row in rows]
-        length = self.pad_to or max((len(c.input_ids) for c in contents if c is not None), default=1)
+        length = self.pad_to or max([1, *(len(c.input_ids) for c in contents if c is not None)])
         length = -(-length // self.multiple_of) * self.multiple_of
         shape = (len(rows), length)
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
@@ -324,12 +335,13 @@ class Collator:
         position_ids = np.tile(np.arange(length, dtype=np.int64), (len(rows), 1))
         document_index = np.full(shape, -1, dtype=np.int64)
         for i, content in enumerate(contents):
-            if content is None:
+            if content is None or len(content.input_ids) == 0:
                 continue
             n = len(content.input_ids)
-            if n and (content.input_ids.max() >= self.vocab_size or content.input_ids.min() < 0):
+            outside = content.input_ids[(content.input_ids < 0) | (content.input_ids >= self.vocab_size)]
+            if len(outside):
                 raise UserError(
-                    f"{self.source.describe_row(rows[i])}: holds token {int(content.input_ids.max())}, but the model "
+                    f"{self.source.describe_row(rows[i])}: holds token {int(outside[0])}, but the model "
                     f"has {self.vocab_size} embeddings; it was prepared with another tokenizer"
                 )
             lengths = content.document_lengths if self.isolate_documents else np.array([n])
