@@ -49,7 +49,7 @@ class RowSource(Protocol):
 
 
 def find_part_directories(paths: Sequence[Path]) -> list[Path]:
-    """Expands each path to part directories: itself when it is one, else every `part-*` below it (an `arrow/`).
+    """Expands each path to part directories: itself when it is one, else every `part-*` below it.
 
     Raises:
         UserError: a path is missing, or holds no prepared data.
@@ -110,7 +110,7 @@ class PreparedDataset:
             if len(lengths) and lengths.max() > max_length:
                 problems.append(
                     f"{path}: row {int(lengths.argmax())} has {int(lengths.max())} tokens, "
-                    f"more than --max_length {max_length}; prepare the data with that length or raise the flag"
+                    f"more than --max_length {max_length}; prepare the data with that length or raise it"
                 )
             self.num_tokens += int(lengths.sum())
             digest.update(f"{len(table)} {int(lengths.sum())} ".encode())
@@ -181,8 +181,8 @@ def _check_part(
 ) -> list[str]:
     if need_documents and "document_lengths" not in table.column_names:
         return [
-            f"--dataset {path}: has no document_lengths (made by the original suite?), so its documents cannot be "
-            "kept apart; pass --no-isolate_documents, or prepare the data again"
+            f"--dataset {path}: has no document_lengths (made by the original suite?), so its documents "
+            "cannot be kept apart; pass --no-isolate_documents, or prepare the data again"
         ]
     if not (path / PREPARED_FILE).is_file() or tokenizer_fingerprint is None:
         return []
@@ -288,8 +288,8 @@ class Collator:
     document's first token.
 
         input_ids        a b c d e .      f g h . . .
-        labels           b c - e - -      g h - - - -        (- is -100; all tokens of these documents have
-        loss) position_ids     0 1 2 0 1 0      0 1 2 0 1 2
+        labels           b c - e - -      g h - - - -        (- is -100; all other tokens have loss)
+        position_ids     0 1 2 0 1 0      0 1 2 0 1 2
         document_index   0 0 0 1 1 -      0 0 0 - - -        (- is -1: padding is a document of its own)
 
     Args:
@@ -314,7 +314,7 @@ class Collator:
         self.isolate_documents, self.vocab_size = isolate_documents, vocab_size
 
     def __call__(self, rows: list[int | None]) -> dict[str, Any]:
-        """Makes the batch; a `UserError` comes back as `problem`, for a loader worker can't raise it as it is.
+        """Makes the batch; a `UserError` comes back as `problem`: a loader worker can't raise it as it is.
 
         Returns:
             `input_ids`, `labels`, `position_ids`, `document_index` [rows, length] and `row_index` [rows],
