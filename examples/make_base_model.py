@@ -1,7 +1,8 @@
-"""Makes a tiny LLaMA and its sentencepiece BPE tokenizer from a JSONL corpus: a stand-in for real base weights.
+"""Makes a tiny LLaMA and its sentencepiece BPE tokenizer from a JSONL corpus, in place of real base weights.
 
 The tokenizer is trained on the records without Chinese characters, so Chinese text falls back to bytes, as it
-mostly does in the real LLaMA-2 tokenizer, and extending the vocabulary has something to win. The weights are random.
+mostly does in the real LLaMA-2 tokenizer, and extending the vocabulary has something to win. The weights
+are random.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def read_texts(directories: list[Path]) -> list[str]:
 
 
 def make_tokenizer(texts: list[str], output_dir: Path, vocab_size: int) -> None:
-    """Trains sentencepiece BPE with LLaMA-2's settings; writes `tokenizer.model` and its configuration files."""
+    """Trains sentencepiece BPE with LLaMA-2's settings; writes `tokenizer.model` and its
+    configuration files.
+    """
     import sentencepiece
 
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def llama2_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Byte-level BPE in the shape of LLaMA-3's: `tokenizer.json` only, special tokens after the vocabulary."""
+    """Byte-level BPE in LLaMA-3's shape: `tokenizer.json` only, special tokens after the vocabulary."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -24,7 +24,7 @@ WARMUP_RATIO = 0.025
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
-        description="Continual pre-training or supervised fine-tuning of LLaMA with ColossalAI's booster plugins. "
+        description="Continual pre-training or supervised fine-tuning of LLaMA with ColossalAI's plugins. "
         "Start it with `colossalai run`, `torchrun`, or plain `python` for one process.",
     )
     model = parser.add_argument_group("model and data")
@@ -55,7 +55,7 @@ def build_parser() -> ArgumentParser:
     parser.add_flag(
         "--isolate_documents",
         default=True,
-        help="documents packed into a row do not see each other; needed off for bins made by the original suite",
+        help="documents packed into a row do not see each other; switch it off for the original's bins",
         group=model,
     )
     parser.add_flag(
@@ -294,8 +294,8 @@ def _check_3d(args: argparse.Namespace) -> list[str]:
             )
         elif args.batch_size // args.microbatch_size < args.pp:
             problems.append(
-                f"--batch_size {args.batch_size}: makes {args.batch_size // args.microbatch_size} microbatches of "
-                f"{args.microbatch_size}, but {args.pp} pipeline stages need at least {args.pp}; "
+                f"--batch_size {args.batch_size}: {args.batch_size // args.microbatch_size} microbatches "
+                f"of {args.microbatch_size}, but {args.pp} stages need at least {args.pp}; "
                 f"use --batch_size {args.pp * args.microbatch_size} or more"
             )
         if args.zero_stage == 2:
@@ -319,7 +319,8 @@ def _check_3d(args: argparse.Namespace) -> list[str]:
             problems.append(f"--sp {args.sp}: {args.sp_mode} uses the tensor parallel group; leave --sp at 1")
     elif args.sp_mode == "ring_attn":
         problems.append(
-            "--sp_mode ring_attn: needs flash-attn's kernels and can't isolate documents; use all_to_all or split_gather"
+            "--sp_mode ring_attn: needs flash-attn's kernels and can't isolate documents; "
+            "use all_to_all or split_gather"
         )
     elif args.sp == 1:
         problems.append(f"--sp 1: {args.sp_mode} splits the sequence over --sp ranks; use --sp 2 or more")

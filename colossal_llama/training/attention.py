@@ -1,15 +1,16 @@
 """One attention for every layout: causal, and blind to the other documents of a row.
 
-The plugins bring attention forwards of their own; some drop the causal mask (sequence parallelism without a flash
-kernel), none isolates packed documents. After boosting, the forwards of all `LlamaAttention` modules are replaced by
-the one here, and the mask that reaches them is made from `document_index`, one integer a token:
+The plugins bring attention forwards of their own; some drop the causal mask (sequence parallelism without
+a flash kernel), none isolates packed documents. After boosting, the forwards of all `LlamaAttention`
+modules are replaced by the one here, and the mask that reaches them is made from `document_index`, one
+integer a token:
 
     tokens           a b c | d e | . .        three tokens, two tokens, padding
     document_index   0 0 0   1 1  -1 -1       padding is a document of its own
     token e attends to d and e
 
-`document_index` travels in the place of the `attention_mask` argument, so pipelines cut it into microbatches and
-gradient checkpointing keeps it beside its activations.
+`document_index` travels in the place of the `attention_mask` argument, so pipelines cut it into
+microbatches and gradient checkpointing keeps it beside its activations.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def attend(
     """Causal attention inside documents.
 
     Args:
-        query: [batch, heads, sequence, head size]; `key` and `value` may have fewer heads (grouped-query attention).
+        query: [batch, heads, sequence, head size]; `key` and `value` may have fewer heads (grouped-query
+            attention).
 
     Returns:
         [batch, sequence, heads, head size]
@@ -110,10 +112,10 @@ def attention_forward(
     attention_mask: AttentionLayout | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The forward of `LlamaAttention`: projections (sharded or not), rotary embedding, attention, output projection.
+    """The forward of `LlamaAttention`: projections (sharded or not), rotary embedding, attention.
 
-    Under Ulysses sequence parallelism (`all_to_all`) each rank comes in with all heads of a part of the sequence,
-    attends with a part of the heads over the whole sequence, and goes out as it came in.
+    Under Ulysses sequence parallelism (`all_to_all`) each rank comes in with all heads of a part of the
+    sequence, attends with a part of the heads over the whole sequence, and goes out as it came in.
     """
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 

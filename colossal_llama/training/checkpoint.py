@@ -2,7 +2,7 @@
 
     <save_dir>/epoch-0_step-100/
         modeling/            what `from_pretrained` reads: weights, config, generation config, tokenizer
-        optimizer/           one safetensors file a shard: fp32 master weights and Adam moments, by parameter name
+        optimizer/           one safetensors file a shard: fp32 master weights, Adam moments
         adapter/             LoRA adapters, when `modeling/` has them merged
         rng/                 one file a rank: python, numpy, torch and CUDA generators
         lr_scheduler         the schedule, JSON
@@ -97,7 +97,8 @@ def resolve_checkpoint(load_checkpoint: str | None, save_dir: Path) -> tuple[Pat
     """What `--load_checkpoint` means.
 
     Returns:
-        (step directory to resume from, directory of weights alone that starts a new stage); at most one is set.
+        (step directory to resume from, directory of weights alone that starts a new stage); at most one is
+        set.
 
     Raises:
         UserError: the directory is neither, or a checkpoint that was named is damaged.
@@ -119,8 +120,8 @@ def resolve_checkpoint(load_checkpoint: str | None, save_dir: Path) -> tuple[Pat
     if (path / STATE_FILE).is_file():
         if not (path / COMPLETE_FILE).is_file() and is_weights_directory(path / "modeling"):
             raise UserError(
-                f"--load_checkpoint {path}: was never finished, or is one of the original suite's, which lacks what "
-                f"an exact resume needs; give {path / 'modeling'} to start a new stage from its weights"
+                f"--load_checkpoint {path}: unfinished, or the original suite's, which "
+                f"lacks what an exact resume needs; give {path / 'modeling'} to start a new stage from its weights"
             )
         damage = find_damage(path)
         if damage is not None:
@@ -129,7 +130,8 @@ def resolve_checkpoint(load_checkpoint: str | None, save_dir: Path) -> tuple[Pat
     if is_weights_directory(path):
         return None, path
     raise UserError(
-        f"--load_checkpoint {path}: neither a checkpoint (no {STATE_FILE}) nor model weights (no *.safetensors or *.bin)"
+        f"--load_checkpoint {path}: neither a checkpoint (no {STATE_FILE}) nor model weights "
+        "(no *.safetensors or *.bin)"
     )
 
 
@@ -231,8 +233,9 @@ class CheckpointWriter:
     def _write_weights(self, directory: Path) -> None:
         """Each pipeline stage writes its own safetensors files; rank 0 writes the index over all of them.
 
-        Sharded tensors are gathered one at a time over the tensor parallel group; rows that pad the vocabulary are
-        cut off. colossalai's own `save_model` fails on padded embeddings without tensor parallelism.
+        Sharded tensors are gathered one at a time over the tensor parallel group; rows that pad the
+        vocabulary are cut off. colossalai's own `save_model` fails on padded embeddings without tensor
+        parallelism.
         """
         from colossalai.checkpoint_io.utils import gather_distributed_param
 
@@ -325,8 +328,8 @@ class CheckpointWriter:
                 if saved_layout.get(k) != layout[k]
             ]
             raise UserError(
-                f"--load_checkpoint {checkpoint}: was saved by another layout ({', '.join(changed)}); resume with the "
-                f"same one, or start a new stage from {checkpoint / 'modeling'}"
+                f"--load_checkpoint {checkpoint}: saved by another layout ({', '.join(changed)}); resume with "
+                f"the same one, or start a new stage from {checkpoint / 'modeling'}"
             )
         self._read_optimizer(checkpoint / "optimizer")
         _load_rng(checkpoint / "rng" / f"rank-{dist.get_rank():05d}.pt")
@@ -354,7 +357,9 @@ class CheckpointWriter:
         return self.is_main
 
     def _master_weights(self) -> dict[str, tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Parameter name -> (parameter of the model, what the optimizer updates: an fp32 master or shard of it)."""
+        """Parameter name -> (parameter of the model, what the optimizer updates: an fp32 master or
+        shard of it).
+        """
         optimizer = self.strategy.optimizer
         names = self.strategy.parameter_names
         masters = {}

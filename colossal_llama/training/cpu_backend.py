@@ -1,8 +1,8 @@
 """Lets colossalai 0.5.0 train on a machine without a GPU, through gloo.
 
-colossalai reaches for CUDA streams, for collectives that gloo lacks and for kernels that are only offered on a GPU.
-Everything that it misses is supplied here, so any layout can be rehearsed on a laptop. Nothing in this module is
-used where CUDA is available.
+colossalai reaches for CUDA streams, for collectives that gloo lacks and for kernels that are only offered
+on a GPU. Everything that it misses is supplied here, so any layout can be rehearsed on a laptop. Nothing
+in this module is used where CUDA is available.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class _NullStream:
 
 
 def enable_cpu_training() -> None:
-    """Installs the CPU accelerator and the missing pieces; call it before the booster is imported, once or often."""
+    """Installs the CPU accelerator and the missing pieces; call it before the booster is imported,
+    once or often.
+    """
     from colossalai.accelerator import set_accelerator
     from colossalai.accelerator.cpu_accelerator import CpuAccelerator
 
@@ -113,7 +115,9 @@ def enable_cpu_training() -> None:
 
 
 def _skip_zero_device_check() -> None:
-    """Low-level ZeRO asserts that the accelerator is called cuda or npu, for no other reason; keep its dtype check."""
+    """Low-level ZeRO asserts that the accelerator is called cuda or npu, for no other reason; keep
+    its dtype check.
+    """
     from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
 
     def check_dtypes(self: LowLevelZeroOptimizer) -> None:

@@ -17,9 +17,10 @@ MAX_CHUNK_VALUES = 64 * 1024 * 1024
 class _LinearCrossEntropySum(torch.autograd.Function):
     """sum over tokens of -log softmax(hidden @ weight.T)[label], in fp32, chunk by chunk.
 
-    The gradients are formed in the forward pass, while a chunk's logits exist: d loss / d logits = softmax - onehot,
-    so the backward pass only scales them. With `group`, `weight` holds this rank's slice of the vocabulary: maximum,
-    sum of exponentials and target logit are reduced over the group, and so is the gradient of `hidden`.
+    The gradients are formed in the forward pass, while a chunk's logits exist: d loss / d logits = softmax
+    - onehot, so the backward pass only scales them. With `group`, `weight` holds this rank's slice of the
+    vocabulary: maximum, sum of exponentials and target logit are reduced over the group, and so is the
+    gradient of `hidden`.
     """
 
     @staticmethod
@@ -52,10 +53,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             local = target - vocab_start
             held = counted & (local >= 0) & (local < num_valid)
             index = torch.where(held, local, 0)[:, None]
-            if num_valid:
-                maximum = logits.amax(dim=1)
-            else:
-                maximum = logits.new_full((logits.size(0),), float("-inf"))
+            empty = logits.new_full((logits.size(0),), float("-inf"))
+            maximum = logits.amax(dim=1) if num_valid else empty
             if group is not None:
                 dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
             logits.sub_(maximum[:, None])
@@ -99,10 +98,11 @@ def next_token_loss_sum(
     """Sum of the cross entropy over all labels that are not -100, in fp32.
 
     Args:
-        lm_head: a linear layer without bias; with `tensor_parallel_group`, sharded along the vocabulary and possibly
-            padded (colossalai's vocabulary-parallel head).
+        lm_head: a linear layer without bias; with `tensor_parallel_group`, sharded along the vocabulary
+            and possibly padded (colossalai's vocabulary-parallel head).
         hidden: [batch, sequence, width], the same on all ranks of the group.
-        labels: [batch, sequence]; `labels[b, t]` is the token that position t has to predict: already shifted.
+        labels: [batch, sequence]; `labels[b, t]` is the token that position t has to predict: already
+            shifted.
 
     Returns:
         A scalar; divide it by the number of labels, over all micro-batches and ranks, to get the mean.
@@ -119,6 +119,8 @@ def next_token_loss_sum(
 
 
 def plain_next_token_loss_sum(lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The same sum through whole logits, for parameters that must be used by ordinary torch operations (Gemini)."""
+    """The same sum through whole logits, for parameters that must be used by ordinary torch
+    operations (Gemini).
+    """
     logits = lm_head(hidden).float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

@@ -1,4 +1,6 @@
-"""What a run leaves for people to look at: metrics.jsonl, TensorBoard scalars, and a picture of the curves."""
+"""What a run leaves for people to look at: metrics.jsonl, TensorBoard scalars, and a picture of the
+curves.
+"""
 
 from __future__ import annotations
 

@@ -99,7 +99,9 @@ def freeze_all_but_embeddings(model: LlamaForCausalLM) -> None:
 
 
 def add_lora(model: LlamaForCausalLM, rank: int, adapter: Path | None) -> nn.Module:
-    """Wraps the model with LoRA on all attention and MLP projections: new adapters, or saved ones from `adapter`."""
+    """Wraps the model with LoRA on all attention and MLP projections: new adapters, or saved ones
+    from `adapter`.
+    """
     from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
     if adapter is not None:
@@ -184,7 +186,9 @@ def install_forwards(
 
 
 def restore_rotary_frequencies(model: nn.Module) -> None:
-    """Recomputes `inv_freq` in fp32: casting a model to half precision rounds it, which shifts phases by radians."""
+    """Recomputes `inv_freq` in fp32: casting a model to half precision rounds it, which shifts phases
+    by radians.
+    """
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     for module in model.modules():

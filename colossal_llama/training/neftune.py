@@ -8,8 +8,8 @@ import torch
 class EmbeddingNoise:
     """Noise in [-1, 1] * alpha / sqrt(L * d), with L a row's real tokens and d the width; none on padding.
 
-    The noise of a step is a function of (seed, step, data-parallel rank) and the order of its forward passes, so it
-    is the same on all tensor parallel ranks and needs no state of its own to resume exactly.
+    The noise of a step is a function of (seed, step, data-parallel rank) and the order of its forward
+    passes, so it is the same on all tensor parallel ranks and needs no state of its own to resume exactly.
     """
 
     def __init__(self, alpha: float, seed: int) -> None:

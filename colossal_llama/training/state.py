@@ -21,7 +21,9 @@ class TrainState:
     tokens: int = 0
 
     def advance(self, rows: int, tokens: int, rows_per_epoch: int) -> bool:
-        """Accounts for one step; returns whether it was the last of its epoch (a shorter tail is left out)."""
+        """Accounts for one step; returns whether it was the last of its epoch (a shorter tail is left
+        out).
+        """
         self.step += 1
         self.position += rows
         self.tokens += tokens

@@ -41,7 +41,8 @@ class Strategy:
     Attributes:
         dp_size, dp_rank: data-parallel size and this process's place: which rows it sees.
         compute_dtype: of the forward and backward pass.
-        parameter_dtype: of the model's parameters while training; only ddp keeps fp32 ones beside half precision.
+        parameter_dtype: of the model's parameters while training; only ddp keeps fp32 ones beside half
+            precision.
         length_multiple: sequence lengths must be a multiple of this.
     """
 
@@ -82,8 +83,9 @@ class Strategy:
         args = self.args
         on_gpu = self.device.type == "cuda"
         if args.plugin == "ddp":
-            # With find_unused_parameters DDP keeps its gradient buckets; otherwise it rebuilds them after the first
-            # step, and a resumed run would sum gradients in another order than the one that was never stopped.
+            # With find_unused_parameters DDP keeps its gradient buckets; otherwise it rebuilds them after
+            # the first step, and a resumed run would sum gradients in another order than the one that was
+            # never stopped.
             return plugins.TorchDDPPlugin(find_unused_parameters=True)
         if args.plugin in ("zero2", "zero2_cpu"):
             return plugins.LowLevelZeroPlugin(
@@ -112,8 +114,8 @@ class Strategy:
             zero_stage=args.zero_stage,
             precision=args.mixed_precision,
             enable_sequence_parallelism=sequence_parallel,
-            # colossalai 0.5.0's `ring` linear layers return wrong gradients; `split_gather` shards the sequence over
-            # the same ranks and computes the same, so `ring` runs as that.
+            # colossalai 0.5.0's `ring` linear layers return wrong gradients; `split_gather` shards the
+            # sequence over the same ranks and computes the same, so `ring` runs as that.
             sequence_parallelism_mode=("split_gather" if args.sp_mode == "ring" else args.sp_mode)
             if sequence_parallel
             else None,
@@ -131,7 +133,8 @@ class Strategy:
             overlap_communication=on_gpu,
         )
         if args.mixed_precision == "fp32":
-            # The plugin refuses ZeRO in fp32 by comparing this name, though its optimizer can; nothing else reads it.
+            # The plugin refuses ZeRO in fp32 by comparing this name, though its optimizer can; nothing else
+            # reads it.
             plugin.precision = "float32"
         return plugin
 
@@ -181,7 +184,7 @@ class Strategy:
     def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         args = self.args
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        settings = dict(lr=args.lr, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=args.weight_decay)
+        settings = {"lr": args.lr, "betas": ADAM_BETAS, "eps": ADAM_EPS, "weight_decay": args.weight_decay}
         if self.device.type == "cuda" and args.plugin != "ddp":
             from colossalai.nn.optimizer import HybridAdam
 
@@ -189,10 +192,11 @@ class Strategy:
         return torch.optim.AdamW(parameters, fused=True, **settings)
 
     def _sum_sequence_partial_gradients(self) -> None:
-        """Under split_gather each rank has a norm gradient of its part of the sequence; sum them once per backward.
+        """Under split_gather each rank has norm gradients of its part of the sequence; sums them once.
 
-        colossalai sums what has been accumulated so far after every backward pass, so with accumulation the first
-        passes are summed again and again. A hook on the gradient itself sums each contribution exactly once.
+        colossalai sums what has been accumulated so far after every backward pass, so with accumulation
+        the first passes are summed again and again. A hook on the gradient itself sums each contribution
+        exactly once.
         """
         args = self.args
         if not (
@@ -216,8 +220,8 @@ class Strategy:
     def _keep_loss_scale_through_step(self) -> None:
         """colossalai divides gradients by a loss scale that it may have raised since they were computed.
 
-        Its overflow check updates the scale before the gradients are unscaled; every growth interval one step would be
-        half as long. The scale that the backward pass used is remembered instead.
+        Its overflow check updates the scale before the gradients are unscaled; every growth interval one
+        step would be half as long. The scale that the backward pass used is remembered instead.
         """
         self._loss_scaling = getattr(self.optimizer, "mixed_precision_mixin", None) or getattr(
             self.optimizer, "mixed_precision", None
@@ -262,7 +266,8 @@ class Strategy:
         self.model.train()
         if self.embedding_noise is not None:
             self.embedding_noise.start_step(step, self.dp_rank)
-        # The plugins average gradients over the data-parallel ranks; with this factor that gives the token mean.
+        # The plugins average gradients over the data-parallel ranks; with this factor that gives the token
+        # mean.
         factor = self.dp_size / max(1, num_labels)
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for number, batch in enumerate(batches):
@@ -300,7 +305,9 @@ class Strategy:
         return result["loss"].float() / factor
 
     def evaluate_pass(self, batch: Batch) -> torch.Tensor:
-        """Summed loss of a batch, without gradients, noise or dropout (pipeline: zero except on the last stage)."""
+        """Summed loss of a batch, without gradients, noise or dropout (pipeline: zero except on the
+        last stage).
+        """
         self.model.eval()
         with torch.no_grad():
             if self.is_pipeline:
@@ -350,7 +357,9 @@ class Strategy:
         return norm, skipped
 
     def sum_counts(self, counts: torch.Tensor) -> torch.Tensor:
-        """Sums [n] over the data-parallel ranks; the ranks of a tensor, pipeline or sequence group hold the same."""
+        """Sums [n] over the data-parallel ranks; the ranks of a tensor, pipeline or sequence group
+        hold the same.
+        """
         counts = counts.to(self.device)
         dist.all_reduce(counts)
         return counts / (dist.get_world_size() // self.dp_size)
@@ -385,7 +394,9 @@ class Strategy:
             scaler._hysteresis_step = int(state["hysteresis_step"])
 
     def optimizer_step_count(self, steps: float, parameter: torch.Tensor) -> Any:
-        """Adam's step counter in the form that the optimizer keeps: a tensor (torch) or a whole number (HybridAdam)."""
+        """Adam's step counter in the form that the optimizer keeps: a tensor (torch) or a whole
+        number (HybridAdam).
+        """
         if isinstance(self.optimizer.optim, torch.optim.AdamW):
             return torch.tensor(steps, dtype=torch.float32, device=parameter.device)
         return int(steps)
@@ -400,7 +411,9 @@ class Strategy:
 
 
 def has_apex_norm() -> bool:
-    """Whether NVIDIA's apex, which has fused RMSNorm, is installed (another package on the index has its name)."""
+    """Whether NVIDIA's apex, which has fused RMSNorm, is installed (another package on the index has
+    its name).
+    """
     try:
         from apex.normalization import FusedRMSNorm  # noqa: F401
     except ImportError:

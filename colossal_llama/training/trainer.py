@@ -100,7 +100,9 @@ class Trainer:
         return nullcontext() if self.meter is None else self.meter.phase(name)
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool, bool]:
-        """One optimizer step; returns its record, whether it ended an epoch, and whether a stop was agreed on."""
+        """One optimizer step; returns its record, whether it ended an epoch, and whether a stop was
+        agreed on.
+        """
         strategy, state = self.strategy, self.state
         started = time.perf_counter()
         with self._phase("data"):
@@ -155,7 +157,7 @@ class Trainer:
             record["loss_scale"] = scale
         if skipped:
             log(
-                f"step {state.step}: fp16 gradients overflowed; the step was left out and the loss scale lowered"
+                f"step {state.step}: fp16 gradients overflowed; the step was left out, the loss scale lowered"
             )
         return record, epoch_ended, stop_requests > 0
 
@@ -170,8 +172,9 @@ class Trainer:
             more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
             rank = torch.distributed.get_rank()
             raise UserError(
-                f"step {step}: the {what} is {value} (rank {rank}, rows: {named}{more}). Training stopped before "
-                "anything was saved; the last checkpoint is sound. Look at these rows, lower --lr, or use bf16",
+                f"step {step}: the {what} is {value} (rank {rank}, rows: {named}{more}). Training stopped "
+                "and saved nothing of it; the last checkpoint is sound. Look at these rows, lower --lr, or "
+                "use bf16",
                 this_rank_only=True,
                 exit_code=1,
             )
@@ -233,7 +236,8 @@ class Trainer:
         except OSError as error:
             self.failed_saves += 1
             warn(
-                f"{error}; earlier checkpoints are kept, training goes on ({self.failed_saves}/{MAX_FAILED_SAVES})"
+                f"{error}; earlier checkpoints are kept, training goes on "
+                f"({self.failed_saves} of {MAX_FAILED_SAVES} failures in a row)"
             )
             if (
                 self.failed_saves >= MAX_FAILED_SAVES

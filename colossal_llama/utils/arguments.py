@@ -95,8 +95,9 @@ def directory_list(text: str) -> list[Path]:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that reports every bad argument together and exits with code 2.
 
-    argparse stops at the first value that does not convert. Here converters and choices record their complaint
-    and let the parse go on; `parse_args` prints all of them, with missing and unknown flags, on rank 0 alone.
+    argparse stops at the first value that does not convert. Here converters and choices record their
+    complaint and let the parse go on; `parse_args` prints all of them, with missing and unknown flags, on
+    rank 0 alone.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -122,7 +123,9 @@ class ArgumentParser(argparse.ArgumentParser):
         return (group or self).add_argument(*names, action=_FlagAction, default=default, help=help)
 
     def add_check(self, check: Callable[[argparse.Namespace], list[str]]) -> None:
-        """`check` gets arguments that are each valid by themselves, and returns messages on how they clash."""
+        """`check` gets arguments that are each valid by themselves, and returns messages on how they
+        clash.
+        """
         self._checks.append(check)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]

@@ -38,7 +38,9 @@ def warn(message: str) -> None:
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
-    """A tqdm bar on stderr; silent off the main rank; a line every ten seconds where stderr is no terminal."""
+    """A tqdm bar on stderr; silent off the main rank; a line every ten seconds where stderr is no
+    terminal.
+    """
     from tqdm import tqdm
 
     options.setdefault("disable", not is_main_process())

@@ -1,4 +1,4 @@
-"""Every layout against one plain single-process loop: transformers' model, its own loss, torch's AdamW, fp32."""
+"""Every layout against one plain fp32 loop in one process: transformers' model and torch's AdamW."""
 
 from __future__ import annotations
 
@@ -135,7 +135,9 @@ def reference(training_inputs):
     return losses, norms, model.state_dict()
 
 
-def check_parity(directory: Path, training_inputs, reference, processes: int, flags: list, precision: list) -> str:
+def check_parity(
+    directory: Path, training_inputs, reference, processes: int, flags: list, precision: list
+) -> str:
     run = train(directory, processes, *training_inputs.flags(), *COMMON, *flags, *precision)
     assert run.returncode == 0, run.output[-3000:]
     losses, norms, weights = reference
@@ -144,7 +146,9 @@ def check_parity(directory: Path, training_inputs, reference, processes: int, fl
     norm_error = max(abs(a["grad_norm"] - b) / b for a, b in zip(run.metrics(), norms, strict=True))
     from transformers import AutoModelForCausalLM
 
-    final = AutoModelForCausalLM.from_pretrained(run.save_dir / "modeling", torch_dtype=torch.float32).state_dict()
+    final = AutoModelForCausalLM.from_pretrained(
+        run.save_dir / "modeling", torch_dtype=torch.float32
+    ).state_dict()
     assert final.keys() == weights.keys()
     weight_error = max(float((final[name] - weights[name]).abs().max()) for name in weights)
     summary = f"loss {loss_error:.1e}, norm {norm_error:.1e}, weights {weight_error:.1e}"
@@ -177,4 +181,7 @@ def test_fp16_stays_close_to_the_plain_loop(tmp_path, training_inputs, reference
 def test_full_matrix(name, precision, tmp_path, training_inputs, reference):
     processes, flags = full_matrix()[name]
     precision_flags = FP32 if precision == "fp32" else BF16
-    print(f"| {name} | {precision} |", check_parity(tmp_path, training_inputs, reference, processes, flags, precision_flags))
+    print(
+        f"| {name} | {precision} |",
+        check_parity(tmp_path, training_inputs, reference, processes, flags, precision_flags),
+    )

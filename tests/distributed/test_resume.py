@@ -1,0 +1,243 @@
+"""A run that is stopped and resumed equals the one that never was, bit for bit on the same layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launch import Run, command, environment, train
+
+FULL_STEPS = 9
+COMMON = [
+    "--lr",
+    1e-3,
+    "--warmup_steps",
+    2,
+    "--num_epochs",
+    2,
+    "--save_interval",
+    4,
+    "--skip_save_each_epoch",
+]
+
+
+def rows(batch: int, accumulation: int) -> list:
+    return ["--batch_size", batch, "--accumulation_steps", accumulation]
+
+
+# Few steps an epoch, so that the second epoch begins before the end.
+CASES = {
+    "ddp x3, bucketed": (3, ["--plugin", "ddp", "--mixed_precision", "fp32", *rows(8, 3), "--bucketed"]),
+    "zero2 bf16, NEFTune": (
+        2,
+        ["--plugin", "zero2", "--mixed_precision", "bf16", *rows(12, 3), "--use_neft"],
+    ),
+    "zero2_cpu fp16": (2, ["--plugin", "zero2_cpu", "--mixed_precision", "fp16", *rows(12, 3)]),
+    "3d tp 2 zero 1 bf16": (
+        2,
+        ["--plugin", "3d", "--tp", 2, "--mixed_precision", "bf16", *rows(24, 3)],
+    ),
+    "3d tp 2 pp 2 zero 0 bf16": (
+        4,
+        [
+            *("--plugin", "3d", "--tp", 2, "--pp", 2, "--zero_stage", 0, "--mixed_precision", "bf16"),
+            *("--microbatch_size", 12, *rows(24, 3)),
+        ],
+    ),
+    "3d zero 2 bf16": (
+        2,
+        ["--plugin", "3d", "--zero_stage", 2, "--mixed_precision", "bf16", *rows(12, 3)],
+    ),
+    "LoRA with dropout": (
+        2,
+        ["--plugin", "zero2", "--mixed_precision", "bf16", *rows(12, 3), "--lora_rank", 4, "--merge_lora"],
+    ),
+}
+
+
+def weights_of(directory: Path) -> dict[str, bytes]:
+    """Every weight file of a model directory, as bytes."""
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+
+
+def assert_same_run(resumed: Run, whole: Run) -> None:
+    for a, b in zip(resumed.metrics(), whole.metrics(), strict=True):
+        for key in ("step", "epoch", "tokens", "loss", "lr", "grad_norm"):
+            assert a[key] == b[key], (a, b)
+    final = weights_of(whole.save_dir / "modeling")
+    assert final
+    assert weights_of(resumed.save_dir / "modeling") == final
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resume_is_exact(name, tmp_path, training_inputs):
+    processes, flags = CASES[name]
+    everything = [*training_inputs.flags(), *COMMON, *flags]
+    whole = train(tmp_path / "whole", processes, *everything, "--max_steps", FULL_STEPS)
+    assert whole.returncode == 0, whole.output[-3000:]
+    assert any(record["epoch"] == 1 for record in whole.metrics()), "the case has to cross an epoch"
+    first = train(tmp_path / "parts", processes, *everything, "--max_steps", 5)
+    assert first.returncode == 0, first.output[-3000:]
+    # The run went on to step 5; continuing from step 4 has to cut the metrics back.
+    resumed = train(
+        tmp_path / "parts",
+        processes,
+        *everything,
+        *("--max_steps", FULL_STEPS, "--load_checkpoint", first.save_dir / "epoch-0_step-4"),
+    )
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    assert_same_run(resumed, whole)
+
+
+ZERO2 = ["--plugin", "zero2", "--mixed_precision", "bf16", *rows(12, 3)]
+
+
+def start(directory: Path, processes: int, *arguments: object) -> subprocess.Popen:
+    directory.mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        command(directory, processes, [str(argument) for argument in arguments]),
+        env=environment(),
+        stdout=open(directory / "output.txt", "a"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_for_steps(directory: Path, steps: int, process: subprocess.Popen, timeout: float = 120) -> None:
+    """Waits until metrics.jsonl holds `steps` records."""
+    path = directory / "logs" / "metrics.jsonl"
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if path.is_file() and len(path.read_text().splitlines()) >= steps:
+            return
+        assert process.poll() is None, (directory / "output.txt").read_text()[-3000:]
+        time.sleep(0.05)
+    raise AssertionError((directory / "output.txt").read_text()[-3000:])
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The `train.py` processes that a launcher started."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()[1:]]
+    return [pid for pid, parent in pairs if parent == process.pid]
+
+
+def test_sigterm_saves_and_exits_143(tmp_path, training_inputs):
+    """Any one rank gets the signal; all of them save, exit 143, and the run can be continued exactly."""
+    everything = [*training_inputs.flags(), *COMMON, *ZERO2, "--save_interval", 0, "--num_epochs", 8]
+    whole = train(tmp_path / "whole", 2, *everything)
+    assert whole.returncode == 0, whole.output[-3000:]
+    process = start(tmp_path / "parts", 2, *everything)
+    wait_for_steps(tmp_path / "parts", 3, process)
+    os.kill(workers_of(process)[1], signal.SIGTERM)
+    process.wait(timeout=90)
+    output = (tmp_path / "parts" / "output.txt").read_text()
+    assert output.count("exitcode  : 143") == 2, output[-3000:]
+    assert (
+        "Traceback" not in output.split("ChildFailedError")[0].split("Traceback (most recent call last)")[0]
+    )
+    resumed = train(tmp_path / "parts", 2, *everything, "--load_checkpoint", "latest")
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    assert "Resumed from" in resumed.output
+    assert_same_run(resumed, whole)
+
+
+def test_workers_stop_when_their_launcher_is_killed(tmp_path, training_inputs):
+    everything = [*training_inputs.flags(), *COMMON, *ZERO2, "--num_epochs", 500, "--save_interval", 0]
+    process = start(tmp_path, 2, *everything)
+    wait_for_steps(tmp_path, 2, process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in workers):
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert list((tmp_path / "checkpoints").glob("epoch-*/COMPLETE")), "they save before they go"
+
+
+def test_kill_minus_nine_at_random_moments(tmp_path, training_inputs, request):
+    """All training processes are killed again and again; `latest` always leads on, to the same final weights."""
+    import random
+
+    everything = [*training_inputs.flags(), *COMMON, *ZERO2, "--save_interval", 1, "--save_total_limit", 2]
+    whole = train(tmp_path / "whole", 2, *everything)
+    assert whole.returncode == 0, whole.output[-3000:]
+    rounds = 50 if request.config.getoption("--run-slow") else 3
+    generator = random.Random(0)
+    run, target = tmp_path / "killed", tmp_path / "killed" / "logs" / "metrics.jsonl"
+    saved = []
+    for _ in range(rounds):
+        known = len(target.read_text().splitlines()) if target.is_file() else 0
+        process = start(run, 2, *everything, "--load_checkpoint", "latest")
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if target.is_file() and len(target.read_text().splitlines()) > min(known, FULL_STEPS - 2):
+                break
+            time.sleep(0.02)
+        time.sleep(generator.random() * 0.3)
+        victims = workers_of(process)
+        for pid in victims if generator.random() < 0.7 else victims[:1]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait(timeout=120)
+        saved.append(sorted(path.name for path in (run / "checkpoints").glob("epoch-*")))
+    print("checkpoints after each round:", json.dumps(saved))
+    resumed = train(run, 2, *everything, "--load_checkpoint", "latest")
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    assert weights_of(run / "checkpoints" / "modeling") == weights_of(whole.save_dir / "modeling")
+    assert len(list((run / "checkpoints").glob("epoch-*"))) <= 2
+
+
+def test_damaged_checkpoints_are_found_and_passed_over(tmp_path, training_inputs):
+    everything = [*training_inputs.flags(), *COMMON, *ZERO2, "--save_interval", 2, "--max_steps", 4]
+    run = train(tmp_path, 2, *everything)
+    assert run.returncode == 0, run.output[-3000:]
+    newest = run.save_dir / "epoch-0_step-4" / "modeling" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    (run.save_dir / ".epoch-0_step-9.unfinished").mkdir()
+    again = train(tmp_path, 2, *everything, "--load_checkpoint", "latest")
+    assert again.returncode == 0, again.output[-3000:]
+    assert "has changed since it was written" in again.output
+    assert "epoch-0_step-2: step 2" in again.output
+    newest.write_bytes(content[:-7])
+    named = train(tmp_path, 1, *everything, "--load_checkpoint", newest.parent.parent)
+    assert named.returncode != 0
+    assert "bytes instead of" in named.output
+
+
+def test_changed_data_arguments_or_layout_are_named(tmp_path, training_inputs):
+    everything = [*training_inputs.flags(), *COMMON, *ZERO2, "--max_steps", 2]
+    run = train(tmp_path, 2, *everything)
+    assert run.returncode == 0, run.output[-3000:]
+    changed = train(
+        tmp_path,
+        2,
+        *everything,
+        *("--load_checkpoint", "latest", "--lr", 5e-4, "--dataset", training_inputs.data / "part-00000"),
+    )
+    assert changed.returncode != 0
+    assert "--lr: 0.001 when saved, 0.0005 now" in changed.output
+    assert "--dataset: rows" in changed.output
+    used = train(tmp_path, 2, *everything)
+    assert used.returncode != 0
+    assert "holds 1 checkpoints of an earlier run" in used.output
+
+
+def test_second_run_on_a_save_dir_is_refused(tmp_path, training_inputs):
+    everything = [*training_inputs.flags(), *COMMON, *ZERO2, "--num_epochs", 500, "--save_interval", 0]
+    first = start(tmp_path, 1, *everything)
+    wait_for_steps(tmp_path, 1, first)
+    second = train(tmp_path, 1, *everything)
+    assert second.returncode != 0
+    assert "in use by process" in second.output
+    for pid in workers_of(first):
+        os.kill(pid, signal.SIGTERM)
+    first.wait(timeout=60)
