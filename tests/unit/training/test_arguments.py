@@ -1,0 +1,300 @@
+"""train.py's command line: names, defaults, booleans, contradictions found before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from colossal_llama.training.arguments import build_parser, data_parallel_size
+
+REQUIRED = ["--pretrained", "some/model", "--benchmark"]
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    return build_parser().parse_args([*REQUIRED, *flags])
+
+
+def problems_of(capsys: pytest.CaptureFixture[str], *flags: str, required: bool = True) -> list[str]:
+    with pytest.raises(SystemExit) as caught:
+        build_parser().parse_args([*(REQUIRED if required else []), *flags])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    *errors, hint = captured.err.splitlines()
+    assert hint == "train.py --help lists every argument"
+    assert all(line.startswith("error: ") for line in errors)
+    return [line.removeprefix("error: ") for line in errors]
+
+
+DEFAULTS = {
+    "dataset": None,
+    "eval_dataset": None,
+    "eval_interval": 0,
+    "max_length": 4096,
+    "isolate_documents": True,
+    "bucketed": False,
+    "padding_mode": "max_length",
+    "pad_token": "eos",
+    "num_workers": 2,
+    "trust_remote_code": False,
+    "plugin": "gemini",
+    "tp": 1,
+    "pp": 1,
+    "sp": 1,
+    "zero_stage": 1,
+    "sp_mode": "split_gather",
+    "enable_sequence_parallelism": False,
+    "zero_cpu_offload": False,
+    "microbatch_size": 1,
+    "mixed_precision": "fp16",
+    "use_grad_checkpoint": False,
+    "use_flash_attn": False,
+    "num_epochs": 1,
+    "max_steps": -1,
+    "batch_size": 1,
+    "accumulation_steps": 8,
+    "lr": 3e-4,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "warmup_steps": None,
+    "freeze_non_embeds_params": False,
+    "lora_rank": 0,
+    "merge_lora": False,
+    "use_neft": False,
+    "neft_alpha": 5.0,
+    "seed": 42,
+    "deterministic": False,
+    "load_checkpoint": None,
+    "save_dir": Path("checkpoint_dir"),
+    "save_interval": 1000,
+    "save_total_limit": 0,
+    "skip_save_each_epoch": False,
+    "tensorboard_dir": Path("logs_dir"),
+    "config_file": Path("config_file"),
+    "dry_run": False,
+    "benchmark": False,
+    "num_samples": 500,
+}
+
+
+def test_defaults_are_those_of_the_description(tmp_path: Path) -> None:
+    args = vars(build_parser().parse_args(["--pretrained", "some/model", "--dataset", str(tmp_path)]))
+    assert args.pop("pretrained") == "some/model"
+    assert args == {**DEFAULTS, "dataset": [tmp_path]}
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "expected"),
+    [
+        (("--grad_clip", "--gradient_clipping"), "0.5", 0.5),
+        (("--zero_stage", "--zero"), "0", 0),
+        (("--batch_size", "--micro_batch_size"), "7", 7),
+    ],
+)
+def test_aliases(names: tuple[str, str], value: str, expected: float) -> None:
+    dest = names[0].removeprefix("--")
+    for name in names:
+        assert getattr(parse(name, value), dest) == expected
+        assert getattr(parse(f"{name}={value}"), dest) == expected
+
+
+FLAGS = [name for name, default in DEFAULTS.items() if default is False and name != "benchmark"]
+# What a flag needs beside it to be accepted.
+COMPANIONS = {
+    "merge_lora": ["--plugin", "zero2", "--lora_rank", "8"],
+    "zero_cpu_offload": ["--plugin", "3d"],
+    "enable_sequence_parallelism": ["--plugin", "3d", "--tp", "2"],
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_are_booleans(flag: str) -> None:
+    companions = COMPANIONS.get(flag, [])
+    assert getattr(parse(*companions, f"--{flag}"), flag) is True
+    for word in ("True", "true", "1", "yes"):
+        assert getattr(parse(*companions, f"--{flag}", word), flag) is True
+    for word in ("False", "false", "0", "no"):
+        assert getattr(parse(f"--{flag}", word), flag) is False
+
+
+def test_isolation_is_switched_off_in_each_form() -> None:
+    assert parse("--no-isolate_documents").isolate_documents is False
+    assert parse("--isolate_documents", "False").isolate_documents is False
+    assert parse("--isolate_documents").isolate_documents is True
+
+
+@pytest.mark.parametrize("plugin", ["ddp", "gemini", "gemini_auto", "zero2", "zero2_cpu", "3d"])
+def test_every_plugin_is_accepted(plugin: str) -> None:
+    assert parse("--plugin", plugin).plugin == plugin
+
+
+def test_full_pipeline_layout_is_accepted() -> None:
+    args = parse(
+        *[
+            "--plugin",
+            "3d",
+            "--tp",
+            "2",
+            "--pp",
+            "4",
+            "--batch_size",
+            "8",
+            "--microbatch_size",
+            "2",
+            "--mixed_precision",
+            "bf16",
+        ]
+    )
+    assert data_parallel_size(args, 64) == 8
+
+
+def test_data_parallel_size() -> None:
+    assert data_parallel_size(parse("--plugin", "zero2"), 6) == 6
+    flags = [
+        "--plugin",
+        "3d",
+        "--tp",
+        "2",
+        "--sp",
+        "2",
+        "--enable_sequence_parallelism",
+        "--sp_mode",
+        "all_to_all",
+    ]
+    assert data_parallel_size(parse(*flags), 16) == 4
+
+
+# Contradictions: (arguments, what the message names, the remedy that it gives).
+CONTRADICTIONS = [
+    ("--mixed_precision fp32", "--mixed_precision fp32", "use zero2, ddp or 3d"),
+    ("--plugin gemini_auto --lora_rank 4", "--lora_rank 4", "use zero2 or ddp"),
+    ("--plugin zero2 --tp 2", "--tp 2", "add --plugin 3d"),
+    ("--plugin zero2 --pp 2", "--pp 2", "add --plugin 3d"),
+    ("--plugin zero2 --sp 2", "--sp 2", "add --plugin 3d"),
+    ("--plugin ddp --enable_sequence_parallelism", "--enable_sequence_parallelism", "--plugin 3d"),
+    ("--plugin zero2 --zero_cpu_offload", "--zero_cpu_offload", "zero2_cpu"),
+    ("--plugin 3d --pp 2 --batch_size 5 --microbatch_size 2", "--batch_size 5", "must be a multiple"),
+    ("--plugin 3d --pp 4 --batch_size 2", "--batch_size 2", "use --batch_size 4 or more"),
+    ("--plugin 3d --pp 2 --batch_size 2 --zero_stage 2", "--zero_stage 2", "use --zero_stage 1"),
+    ("--plugin 3d --zero_stage 0 --zero_cpu_offload", "--zero_cpu_offload", "--zero_stage 1 or 2"),
+    ("--plugin 3d --tp 2 --lora_rank 4", "--lora_rank", "use --tp 1 --pp 1"),
+    ("--plugin 3d --sp 2", "--sp 2", "--enable_sequence_parallelism"),
+    ("--plugin 3d --enable_sequence_parallelism", "--sp_mode split_gather", "--tp 2"),
+    (
+        "--plugin 3d --tp 2 --sp 2 --enable_sequence_parallelism --sp_mode ring",
+        "--sp 2",
+        "leave --sp at 1",
+    ),
+    (
+        "--plugin 3d --enable_sequence_parallelism --sp_mode ring_attn",
+        "--sp_mode ring_attn",
+        "use all_to_all or split_gather",
+    ),
+    ("--plugin 3d --enable_sequence_parallelism --sp_mode all_to_all", "--sp 1", "use --sp 2"),
+    ("--plugin ddp --lora_rank 4 --freeze_non_embeds_params", "--freeze_non_embeds_params", "choose one"),
+    ("--plugin ddp --merge_lora", "--merge_lora", "--lora_rank above 0"),
+    ("--use_neft --neft_alpha 0", "--neft_alpha 0", "leave --use_neft out"),
+    ("--load_checkpoint /no/such/place", "--load_checkpoint /no/such/place", "no such directory"),
+    ("--dataset /no/such/place", "--dataset /no/such/place", "no such directory"),
+    ("--eval_dataset /no/such/place", "--eval_dataset /no/such/place", "no such directory"),
+]
+
+
+@pytest.mark.parametrize(("flags", "names", "remedy"), CONTRADICTIONS)
+def test_a_contradiction_names_flag_value_and_remedy(
+    flags: str, names: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (problem,) = problems_of(capsys, *flags.split())
+    assert names in problem
+    assert remedy in problem.replace(names, "", 1)
+
+
+def test_contradictions_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--plugin",
+        "3d",
+        "--pp",
+        "4",
+        "--batch_size",
+        "2",
+        "--zero_stage",
+        "2",
+        "--merge_lora",
+        "--use_neft",
+        "--neft_alpha",
+        "0",
+    ]
+    problems = problems_of(capsys, *flags)
+    for name in ("--batch_size 2", "--zero_stage 2", "--merge_lora", "--neft_alpha 0"):
+        assert sum(problem.startswith(name) for problem in problems) == 1
+    assert len(problems) == 4
+
+
+def test_bad_values_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--tp",
+        "0",
+        "--lr",
+        "nan",
+        "--plugin",
+        "zero3",
+        "--max_length",
+        "x",
+        "--use_neft",
+        "maybe",
+        "--zero_stage",
+        "3",
+        "--nosuch",
+        "1",
+    ]
+    problems = "\n".join(problems_of(capsys, *flags))
+    for part in (
+        "--tp 0",
+        "--lr nan",
+        "--plugin zero3",
+        "--max_length x",
+        "maybe",
+        "--zero_stage 3",
+        "--nosuch",
+    ):
+        assert part in problems
+
+
+def test_data_and_model_are_required(capsys: pytest.CaptureFixture[str]) -> None:
+    (problem,) = problems_of(capsys, required=False)
+    assert problem == "--pretrained: required, but not given"
+    (problem,) = problems_of(capsys, "--pretrained", "some/model", required=False)
+    assert problem.startswith("--dataset: required")
+
+
+def test_a_local_model_directory_without_config_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (problem,) = problems_of(capsys, "--pretrained", str(tmp_path))
+    assert problem.startswith(f"--pretrained {tmp_path}: no config.json")
+
+
+def test_latest_is_no_directory() -> None:
+    assert parse("--load_checkpoint", "latest").load_checkpoint == "latest"
+
+
+def test_other_ranks_stay_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        parse("--plugin", "nothing")
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_every_argument_has_a_help_text_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = build_parser()
+    assert all(action.help for action in parser._actions)
+    assert {action.dest for action in parser._actions} == {*DEFAULTS, "pretrained", "help"}
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "2.5 % of the steps" in shown
+    assert "(default: 4096)" in shown
