@@ -330,6 +330,7 @@ def activation_bytes_per_token(args: argparse.Namespace, config: LlamaConfig) ->
     c bytes a value, r bytes a value of the residual stream (4 under autocast), on one tensor parallel rank:
 
         two RMSNorms       2 d (4 + r + c)   input in fp32, normalized, output
+          autocast         3 c d             a cast copy of the outputs for each of the five projections
         attention          4 c d_q / tp      query, key and value (repeated for grouped queries), output
           flash attention  c (2 d_q + 2 d_kv) / tp      keys and values as they are
           block mask       c s               a value for every pair of tokens; not with flash attention
@@ -343,6 +344,8 @@ def activation_bytes_per_token(args: argparse.Namespace, config: LlamaConfig) ->
     queries = config.num_attention_heads * head_size(config)
     keys = config.num_key_value_heads * head_size(config)
     norms = 2 * config.hidden_size * (FP32_BYTES + residual + value)
+    if residual > value:
+        norms += 3 * value * config.hidden_size
     attention = value * (2 * queries + 2 * (keys if _uses_flash(args) else queries)) // args.tp
     mask = 0 if _uses_flash(args) else value * length
     swiglu = 4 * value * config.intermediate_size // args.tp
