@@ -59,8 +59,8 @@ def answer_prompts(
 
     problems = []
     for number, prompt in enumerate(prompts, start=1):
-        ids = style.encode([Message("human", prompt)])
         try:
+            ids = style.encode([Message("human", prompt)])
             answer = generator.answer(ids, on_text=(lambda _: None) if as_jsonl else write_answer)
         except UserError as error:
             problems.append(f"prompt {number}: {error}" if len(prompts) > 1 else str(error))

@@ -131,13 +131,17 @@ def model_name(text: str) -> str:
     """A hub name, or the path of a directory that holds a model or a LoRA adapter."""
     path = Path(text).expanduser()
     if path.is_dir():
-        if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        if _holds_model(path):
             return str(path)
         inside = path / "modeling"
-        remedy = f"; use {inside}" if (inside / "config.json").is_file() else ""
+        remedy = f"; use {inside}" if _holds_model(inside) else ""
         raise ValueError(f"the directory has no config.json (nor adapter_config.json){remedy}")
     _check_hub_name(text, path)
     return text
+
+
+def _holds_model(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def tokenizer_name(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ MEMORY_SHARE = 0.8
 # These kinds of rotary scaling stretch the positions by their factor; the others state the full length.
 STRETCHED_ROPE_TYPES = ("linear", "dynamic")
 MAX_NAMED_TENSORS = 5
+MAX_REASON_LENGTH = 400
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class LoadedModel:
     def describe(self) -> str:
         names = {dtype: name for name, dtype in DTYPES.items()}
         parameters = self.model.num_parameters()
-        return f"{parameters:,} parameters, {names[self.model.dtype]}, {self.model.device}"
+        return (
+            f"{parameters:,} parameters, {names.get(self.model.dtype, self.model.dtype)}, {self.model.device}"
+        )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -94,11 +98,11 @@ def load_model(
         UserError: the device is not there, or something can't be loaded, or not completely.
     """
     device = resolve_device(device_name)
-    with loading_errors("--model_path", name):
+    with loading_errors(f"--model_path {name}", name):
         adapter_config = find_adapter_config_file(name)
     base = name if adapter_config is None else _find_base_model(name, Path(adapter_config))
-    where = name if adapter_config is None else f"{name}, base model {base}"
-    with loading_errors("--model_path", where):
+    where = f"--model_path {name}" + ("" if adapter_config is None else f": base model {base}")
+    with loading_errors(where, base):
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -114,7 +118,7 @@ def load_model(
     _refuse_incomplete(where, report["missing_keys"])
     if adapter_config is not None:
         model = _merge_adapter(model, name)
-    with loading_errors("--device", device_name):
+    with loading_errors(f"--device {device_name}: {name}"):
         model.to(device)
     tokenizer = load_tokenizer(tokenizer_name, name, base, trust_remote_code)
     return LoadedModel(model.eval(), tokenizer, find_context_length(model.config))
@@ -137,26 +141,27 @@ def load_tokenizer(
 
 
 @contextlib.contextmanager
-def loading_errors(flag: str, name: str) -> Iterator[None]:
-    """Files that are missing, damaged or of another kind, and a hub out of reach, are the user's to mend."""
+def loading_errors(where: str, source: str | None = None) -> Iterator[None]:
+    """Files that are missing, damaged or of another kind, and a hub out of reach, are the user's to mend.
+
+    Args:
+        where: how a message begins.
+        source: the directory or hub name that is read.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"{flag} {name}: the GPU's memory is full; use --dtype bf16, or --device cpu"
-        ) from None
+        raise UserError(f"{where}: the GPU's memory is full; use --dtype bf16, or --device cpu") from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        is_hub_name = flag == "--model_path" and not Path(name.split(",")[0]).exists()
-        what = (
-            "no such directory here, and it can't be had from the Hugging Face hub"
-            if is_hub_name
-            else "can't be loaded"
-        )
-        raise UserError(f"{flag} {name}: {what}: {_one_line(error)}") from None
+        what = "can't be loaded"
+        if source is not None and not Path(source).exists():
+            what = "no such directory here, and it can't be had from the Hugging Face hub"
+        raise UserError(f"{where}: {what}: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = textwrap.shorten(str(error), MAX_REASON_LENGTH, placeholder=" …")
+    return text or type(error).__name__
 
 
 def _refuse_incomplete(where: str, missing: list[str]) -> None:
@@ -164,7 +169,7 @@ def _refuse_incomplete(where: str, missing: list[str]) -> None:
     if missing:
         named = ", ".join(sorted(missing)[:MAX_NAMED_TENSORS])
         more = f" and {len(missing) - MAX_NAMED_TENSORS:,} more" if len(missing) > MAX_NAMED_TENSORS else ""
-        raise UserError(f"--model_path {where}: weights are missing from its files: {named}{more}")
+        raise UserError(f"{where}: weights are missing from its files: {named}{more}")
 
 
 def _find_base_model(adapter: str, config_file: Path) -> str:
@@ -182,11 +187,11 @@ def _find_base_model(adapter: str, config_file: Path) -> str:
 def _merge_adapter(model: PreTrainedModel, adapter: str) -> Any:
     from peft import PeftConfig, get_peft_model
 
-    with loading_errors("--model_path", adapter):
+    with loading_errors(f"--model_path {adapter}", adapter):
         adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter))
         # peft prefers a GPU of its own choice.
         report = adapted.load_adapter(adapter, "default", torch_device="cpu")
-        _refuse_incomplete(adapter, [key for key in report.missing_keys if "lora_" in key])
+        _refuse_incomplete(f"--model_path {adapter}", [key for key in report.missing_keys if "lora_" in key])
         if report.unexpected_keys:
             names = ", ".join(sorted(report.unexpected_keys)[:MAX_NAMED_TENSORS])
             raise UserError(f"--model_path {adapter}: its base model has no place for {names}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -107,7 +108,7 @@ class TemplatePrompts(TemplateRenderer):
         except BadRecord as error:
             raise UserError(f"--chat_template: {error}") from None
 
-        def replace(match) -> str:
+        def replace(match: re.Match[str]) -> str:
             mark = match.group()
             if mark in (OPEN, CLOSE):
                 return ""

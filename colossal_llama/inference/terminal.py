@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
-import warnings
 
 
 def note(message: str) -> None:
@@ -13,12 +13,15 @@ def note(message: str) -> None:
 
 
 def write_answer(text: str) -> None:
-    """Prints a piece of an answer at once; characters that the terminal lacks are replaced, not an error."""
+    """Prints a piece of an answer at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def prepare_streams() -> None:
+    """Characters that a stream can't hold are replaced; a standard input that was closed is an empty one."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (open as long as the program runs)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
 
@@ -29,16 +32,16 @@ def quiet_libraries() -> None:
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    # Said of every LLaMA-2 tokenizer that keeps the source's `legacy` setting, which is what we want of it.
-    logging.getLogger("transformers.tokenization_utils_base").addFilter(
-        lambda record: "You are using the default legacy behaviour" not in record.getMessage()
-    )
+    # Said of every LLaMA-2 tokenizer whose configuration does not mention `legacy`: the model was trained
+    # with what is then the default, so that is the right one.
+    for name in ("tokenization_llama", "tokenization_llama_fast"):
+        _drop_messages(f"transformers.models.llama.{name}", "You are using the default legacy behaviour")
     # The prompt's length is checked against the model's own limit, with a message that names it.
-    logging.getLogger("transformers.tokenization_utils_base").addFilter(
-        lambda record: "Token indices sequence length is longer" not in record.getMessage()
-    )
-    # Some environments have CUDA builds of libraries on machines without a GPU.
-    warnings.filterwarnings("ignore", message="CUDA initialization:", category=UserWarning)
+    _drop_messages("transformers.tokenization_utils_base", "Token indices sequence length is longer")
+
+
+def _drop_messages(logger: str, beginning: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: not record.getMessage().startswith(beginning))
 
 
 def read_message(prompt: str) -> str | None:
