@@ -31,7 +31,7 @@ ZERO_BUCKET_ELEMENTS = 12 * 1024**2
 GEMINI_CHUNK_ELEMENTS = 64 * 1024**2
 # colossalai pads a sharded vocabulary to a multiple of this times tp.
 VOCABULARY_MULTIPLE = 64
-GIB = 1024**3
+MIB, GIB = 1024**2, 1024**3
 
 
 def dry_run_world_size(args: argparse.Namespace) -> int:
@@ -566,15 +566,16 @@ def _format_run(plan: TrainingPlan, args: argparse.Namespace) -> str:
 def _format_memory(plan: TrainingPlan, args: argparse.Namespace) -> str:
     peaks = [estimate.peak for estimate in plan.memory]
     shown = sorted({0, peaks.index(max(peaks)), len(peaks) - 1})
-    header = ["memory of a process (GiB, estimated)"]
+    unit, unit_name = (GIB, "GiB") if max(peaks) >= GIB else (MIB, "MiB")
+    header = [f"memory of a process ({unit_name}, estimated)"]
     header += [f"stage {stage + 1} of {len(peaks)}" if len(peaks) > 1 else "" for stage in shown]
     rows = []
     for part in fields(MemoryEstimate):
-        values = [getattr(plan.memory[stage], part.name) / GIB for stage in shown]
+        values = [getattr(plan.memory[stage], part.name) / unit for stage in shown]
         if any(values) and part.name != "host":
             rows.append([part.metadata["label"], *(f"{value:,.2f}" for value in values)])
-    rows.append(["at its fullest", *(f"{peaks[stage] / GIB:,.2f}" for stage in shown)])
-    hosts = [plan.memory[stage].host / GIB for stage in shown]
+    rows.append(["at its fullest", *(f"{peaks[stage] / unit:,.2f}" for stage in shown)])
+    hosts = [plan.memory[stage].host / unit for stage in shown]
     if any(hosts):
         rows.append(["CPU memory, offloaded", *(f"{value:,.2f}" for value in hosts)])
     notes = [

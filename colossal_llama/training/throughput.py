@@ -168,7 +168,7 @@ class ThroughputMeter:
                 ("tokens/s per device", f"{tokens_per_second / world_size:,.0f}"),
                 ("step time, median", f"{median:.4f} s"),
                 ("step time, 10 % to 90 %", f"{p10:.4f} s to {p90:.4f} s"),
-                ("TFLOP/s per device", f"{flops / _TERA:,.2f}"),
+                ("TFLOP/s per device", f"{flops / _TERA:,.4g}"),
                 ("MFU", mfu),
                 ("peak memory", f"{peak_memory_bytes / 1024**3:,.2f} GiB"),
             ],

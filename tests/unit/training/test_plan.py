@@ -578,3 +578,10 @@ def test_plan_of_a_pipeline_shows_first_fullest_and_last_stage() -> None:
     assert shown["plugin and layout"] == ["3d, tp 1 x pp 4 x sp 1, ZeRO stage 1"]
     assert float(shown["CPU memory, offloaded"][0]) > 0
     assert "Korthikanti" in text
+
+
+def test_plan_of_a_small_model_is_in_mebibytes() -> None:
+    args, plan = plan_of("--plugin ddp", 80, world_size=1)
+    text = format_plan(plan, args)
+    assert "memory of a process (MiB, estimated)" in text
+    assert cells(text)["at its fullest"] == [f"{plan.memory[0].peak / 1024**2:.2f}"]
