@@ -120,8 +120,8 @@ def resolve_checkpoint(load_checkpoint: str | None, save_dir: Path) -> tuple[Pat
     if (path / STATE_FILE).is_file():
         if not (path / COMPLETE_FILE).is_file() and is_weights_directory(path / "modeling"):
             raise UserError(
-                f"--load_checkpoint {path}: unfinished, or the original suite's, which "
-                f"lacks what an exact resume needs; give {path / 'modeling'} to start a new stage from its weights"
+                f"--load_checkpoint {path}: unfinished, or the original's, which lacks what an exact "
+                f"resume needs; give {path / 'modeling'} to start a new stage from its weights"
             )
         damage = find_damage(path)
         if damage is not None:
@@ -328,7 +328,7 @@ class CheckpointWriter:
                 if saved_layout.get(k) != layout[k]
             ]
             raise UserError(
-                f"--load_checkpoint {checkpoint}: saved by another layout ({', '.join(changed)}); resume with "
+                f"--load_checkpoint {checkpoint}: saved by another layout ({', '.join(changed)}); use "
                 f"the same one, or start a new stage from {checkpoint / 'modeling'}"
             )
         self._read_optimizer(checkpoint / "optimizer")

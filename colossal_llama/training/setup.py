@@ -79,6 +79,8 @@ def quieten_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("colossalai").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Importing colossalai reaches torch's compiler, which would start a pool of processes that nothing here uses.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def start_process(args: argparse.Namespace) -> StopRequest:
@@ -106,8 +108,7 @@ def start_process(args: argparse.Namespace) -> StopRequest:
         enable_cpu_training()
     import colossalai
 
-    with contextlib.redirect_stdout(None if is_main_process() else open(os.devnull, "w")):
-        colossalai.launch_from_torch(seed=args.seed, verbose=False)
+    colossalai.launch_from_torch(seed=args.seed, verbose=False)
     # Ranks draw different dropout masks; what has to agree between ranks is drawn from generators of its own.
     torch.manual_seed(args.seed * 100_003 + int(os.environ["RANK"]))
     return stop
