@@ -83,10 +83,7 @@ class Strategy:
         args = self.args
         on_gpu = self.device.type == "cuda"
         if args.plugin == "ddp":
-            # With find_unused_parameters DDP keeps its gradient buckets; otherwise it rebuilds them after
-            # the first step, and a resumed run would sum gradients in another order than the one that was
-            # never stopped.
-            return plugins.TorchDDPPlugin(find_unused_parameters=True)
+            return plugins.TorchDDPPlugin(find_unused_parameters=self._keep_gradient_buckets())
         if args.plugin in ("zero2", "zero2_cpu"):
             return plugins.LowLevelZeroPlugin(
                 stage=2,
@@ -126,7 +123,7 @@ class Strategy:
             num_microbatches=None,
             # Rows padded to the longest of a batch change shape from pass to pass.
             enable_metadata_cache=args.padding_mode == "max_length",
-            find_unused_parameters=True,
+            find_unused_parameters=self._keep_gradient_buckets(),
             initial_scale=INITIAL_LOSS_SCALE,
             max_norm=self.max_norm,
             cpu_offload=args.zero_cpu_offload,
@@ -137,6 +134,15 @@ class Strategy:
             # reads it.
             plugin.precision = "float32"
         return plugin
+
+    @staticmethod
+    def _keep_gradient_buckets() -> bool:
+        """DDP rebuilds its gradient buckets after the first step, unless it looks for unused parameters.
+
+        From three ranks on, other buckets mean sums in another order, so a resumed run would differ from the one
+        that was never stopped; two ranks add up to the same in either order, and are spared the extra work.
+        """
+        return dist.get_world_size() > 2
 
     def boost(self, model: nn.Module, causal_lm: nn.Module, noise: EmbeddingNoise | None) -> None:
         """Hands the model to the plugin and installs what makes all layouts compute the same.

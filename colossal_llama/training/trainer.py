@@ -76,15 +76,11 @@ class Trainer:
     def run(self) -> bool:
         """Trains; returns whether the run came to its end (False: it was asked to stop, and has saved)."""
         state = self.state
-        order = RowOrder(self.source, self.args.seed, self.args.bucketed)
-        sampler = StepSampler(order, self.plan, state.epoch, state.position, self.args.num_epochs)
-        collator = Collator(self.source, **self.collator_settings)
-        on_gpu = self.strategy.device.type == "cuda"
-        batches = iter(make_loader(self.source, sampler, collator, self.args.num_workers, pin_memory=on_gpu))
+        batches = self.batches()
         bar = progress_bar(total=self.last_step, initial=state.step, desc="train", unit="step")
         stopped = False
         while state.step < self.last_step and not stopped:
-            record, epoch_ended, stopped = self._step(batches)
+            record, epoch_ended, stopped = self.step(batches)
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}", refresh=False)
             if self._evaluation_is_due(epoch_ended):
@@ -96,10 +92,19 @@ class Trainer:
         bar.close()
         return not stopped
 
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Collated micro-batches of this rank, from the state's position to the end of the last epoch."""
+        state = self.state
+        order = RowOrder(self.source, self.args.seed, self.args.bucketed)
+        sampler = StepSampler(order, self.plan, state.epoch, state.position, self.args.num_epochs)
+        collator = Collator(self.source, **self.collator_settings)
+        on_gpu = self.strategy.device.type == "cuda"
+        return iter(make_loader(self.source, sampler, collator, self.args.num_workers, pin_memory=on_gpu))
+
     def _phase(self, name: str) -> Any:
         return nullcontext() if self.meter is None else self.meter.phase(name)
 
-    def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool, bool]:
+    def step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool, bool]:
         """One optimizer step; returns its record, whether it ended an epoch, and whether a stop was
         agreed on.
         """
@@ -125,7 +130,11 @@ class Trainer:
             loss = float(strategy.sum_losses(own_loss.double()[None])[0]) / max(1.0, num_labels)
         if not math.isfinite(loss):
             self._stop_at_broken_loss(loss, own_loss, collated)
-        if state.step == 0 and looks_untrained(loss, strategy.causal_lm.config.vocab_size):
+        if (
+            self.writer is not None
+            and state.step == 0
+            and looks_untrained(loss, strategy.causal_lm.config.vocab_size)
+        ):
             warn(
                 f"the first loss is {loss:.3f}, what a model with random weights gives "
                 f"(ln of the vocabulary is {math.log(strategy.causal_lm.config.vocab_size):.3f}); "

@@ -172,9 +172,8 @@ def test_dry_run_plans_seven_billion_parameters_on_64_gpus(tmp_path, training_in
     finished = run_plain("--pretrained", large, *data, "--dry_run", "--plugin", "gemini", WORLD_SIZE="64")
     assert finished.returncode == 0, finished.stderr
     assert "64" in finished.stdout
-    wrong = run_plain(
-        *("--pretrained", large, *data, "--dry_run", "--plugin", "3d", "--tp", 3, "--pp", 5), WORLD_SIZE="64"
-    )
+    layout = ["--plugin", "3d", "--tp", 3, "--pp", 5, "--batch_size", 5]
+    wrong = run_plain("--pretrained", large, *data, "--dry_run", *layout, WORLD_SIZE="64")
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
     assert "--tp 3" in wrong.stderr
