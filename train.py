@@ -12,22 +12,17 @@ from colossal_llama.utils.errors import UserError, run_command
 
 def main() -> int:
     args = build_parser().parse_args()
-    from colossal_llama.training.setup import finish_process, quieten_libraries, start_process
+    from colossal_llama.training.setup import quieten_libraries, start_process
 
     quieten_libraries()
     if args.dry_run:
         return dry_run(args)
-    stop = start_process(args)
-    try:
-        return train(args, stop)
-    finally:
-        finish_process()
+    return train(args, start_process(args))
 
 
 def dry_run(args: argparse.Namespace) -> int:
     """Checks arguments, model configuration and data in one process, and prints the plan."""
     from colossal_llama.training.plan import check_layout, dry_run_world_size, format_plan, make_plan
-
     from colossal_llama.training.setup import open_inputs
 
     world_size = dry_run_world_size(args)
@@ -42,12 +37,12 @@ def dry_run(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace, stop) -> int:
     """The run itself; returns the exit code."""
     import torch.distributed as dist
-    from colossal_llama.training.plan import check_layout, global_batch_line, make_plan
 
     from colossal_llama.training import setup
     from colossal_llama.training.checkpoint import CheckpointWriter, resolve_checkpoint
     from colossal_llama.training.interruption import STOPPED_EXIT_CODE
     from colossal_llama.training.metrics import MetricsWriter, draw_curves
+    from colossal_llama.training.plan import check_layout, global_batch_line, make_plan
     from colossal_llama.training.state import TrainState
     from colossal_llama.training.strategy import Strategy
     from colossal_llama.training.trainer import Trainer
@@ -111,9 +106,8 @@ def train(args: argparse.Namespace, stop) -> int:
                 f"Stopped by {stop.reason or 'another rank'} after step {state.step}; continue with "
                 "--load_checkpoint latest"
             )
-        strategy.close()
     return 0 if completed else STOPPED_EXIT_CODE
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, exit_at_once=True)

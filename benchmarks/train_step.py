@@ -1,7 +1,7 @@
 """A training step of the suite against a bare PyTorch loop: same model, batches, precision and optimizer.
 
-`ddp`, one process, fp32 on a CPU. The bare loop is transformers' model with its own loss, torch's fused
-AdamW and gradient clipping, nothing else. Both sides keep a model of their own and take turns, so that a noisy
+`ddp`, one process, fp32 on a CPU. The bare loop is transformers' model with its own loss, torch's fused AdamW
+and gradient clipping, nothing else. Both sides keep a model of their own and take turns, so that a noisy
 machine slows both; the figure is the median of the ratios, pair by pair.
 """
 
@@ -119,19 +119,16 @@ def measure(args, model_dir: Path) -> None:
             ours_seconds.append(middle - started)
             bare_seconds.append(ended - middle)
     ratios = [a / b for a, b in zip(ours_seconds, bare_seconds, strict=True)]
-    print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, CPU"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{versions}, {torch.get_num_threads()} threads, CPU")
     print(f"{bare.num_parameters() / 1e6:.1f}M parameters, {json.dumps(vars(args))}")
     print(f"ours  {statistics.median(ours_seconds):.3f} s a step (median of {args.pairs})")
     print(f"bare  {statistics.median(bare_seconds):.3f} s a step")
     print(
         f"ratio {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f}); "
-        f"promised at most {PROMISE}"
+        f"promised: at most {PROMISE}"
     )
-    strategy.close()
-    setup.finish_process()
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, exit_at_once=True)

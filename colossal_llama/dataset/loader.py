@@ -392,6 +392,8 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_parent,
+        # Its own generator: drawing the workers' seed from the global one would shift dropout after a resume.
+        generator=torch.Generator(),
         prefetch_factor=4 if num_workers else None,
     )
 

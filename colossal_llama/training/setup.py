@@ -122,13 +122,6 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def finish_process() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @dataclass
 class Inputs:
     """What a run reads: model configuration, tokenizer, training rows and evaluation sets by name."""

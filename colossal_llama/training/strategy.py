@@ -139,8 +139,8 @@ class Strategy:
     def _keep_gradient_buckets() -> bool:
         """DDP rebuilds its gradient buckets after the first step, unless it looks for unused parameters.
 
-        From three ranks on, other buckets mean sums in another order, so a resumed run would differ from the one
-        that was never stopped; two ranks add up to the same in either order, and are spared the extra work.
+        From three ranks on, other buckets mean sums in another order, so a resumed run would differ from the
+        one that was never stopped; two ranks add up to the same in either order, and are spared the work.
         """
         return dist.get_world_size() > 2
 
@@ -406,14 +406,6 @@ class Strategy:
         if isinstance(self.optimizer.optim, torch.optim.AdamW):
             return torch.tensor(steps, dtype=torch.float32, device=parameter.device)
         return int(steps)
-
-    def close(self) -> None:
-        """Drops the plugin before the process groups go, or its destructor complains at exit."""
-        del self.model, self.optimizer, self.booster
-        if self.args.plugin == "3d":
-            # Destroying the default group below ends the mesh's groups too.
-            self.plugin.pg_mesh.destroy_mesh_process_groups = lambda: None
-        del self.plugin
 
 
 def has_apex_norm() -> bool:

@@ -90,6 +90,7 @@ class Trainer:
             if self._save_is_due(epoch_ended) or stopped:
                 self._save()
         bar.close()
+        del batches  # ends the loader's processes
         return not stopped
 
     def batches(self) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 USER_ERROR_EXIT_CODE = 2
@@ -54,21 +55,39 @@ def print_problems(problems: Iterable[str]) -> None:
     sys.stderr.flush()
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits: 2 with the problems on stderr for a `UserError`, 130 for Ctrl-C."""
+def run_command(main: Callable[[], int | None], exit_at_once: bool = False) -> None:
+    """Runs a script's `main` and exits: 2 with the problems on stderr for a `UserError`, 130 for Ctrl-C.
+
+    Args:
+        exit_at_once: leave without the interpreter's clean-up. Destroying a gloo process group whose peers
+            have left can hang for ever (seen with torch 2.5 on three ranks), holding the interpreter's lock.
+    """
     try:
-        code = main()
+        code = _run(main)
+    except Exception:
+        if not exit_at_once:
+            raise
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_at_once:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or 0
     except UserError as error:
         if is_main_process() or error.this_rank_only:
             print_problems(error.problems)
-        code = error.exit_code
+        return error.exit_code
     except OSError as error:
         if error.errno not in _ENVIRONMENT_ERRNOS:
             raise
         print_problems([f"{error.filename or 'output'}: {error.strerror}"])
-        code = USER_ERROR_EXIT_CODE
+        return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
-    sys.stdout.flush()
-    sys.exit(code or 0)
+        return 130

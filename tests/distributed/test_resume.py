@@ -33,7 +33,7 @@ def rows(batch: int, accumulation: int) -> list:
 
 # Few steps an epoch, so that the second epoch begins before the end.
 CASES = {
-    "ddp x3, bucketed": (3, ["--plugin", "ddp", "--mixed_precision", "fp32", *rows(4, 2), "--bucketed"]),
+    "ddp x3, bucketed": (3, ["--plugin", "ddp", "--mixed_precision", "fp32", *rows(8, 2), "--bucketed"]),
     "zero2 bf16, NEFTune": (
         2,
         ["--plugin", "zero2", "--mixed_precision", "bf16", *rows(4, 3), "--use_neft"],

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LLAMA3_SPECIAL_TOKENS
 from corpus import CHINESE, sample_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import LLAMA3_SPECIAL_TOKENS
 from tokenizer_cases import load_fast, run_extension
 from tokenizers import Tokenizer
 
