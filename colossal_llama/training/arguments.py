@@ -10,6 +10,7 @@ from colossal_llama.utils.arguments import (
     add_max_length,
     add_seed,
     add_trust_remote_code,
+    existing_directory,
     non_negative_int,
     number,
     positive_int,
@@ -29,19 +30,19 @@ def build_parser() -> ArgumentParser:
     )
     model = parser.add_argument_group("model and data")
     model.add_argument(
-        "--pretrained", required=True, help="Hugging Face model directory, its tokenizer included"
+        "--pretrained", type=_model_path, required=True, help="Hugging Face model, its tokenizer included"
     )
     model.add_argument(
         "--dataset",
         nargs="+",
-        type=Path,
+        type=existing_directory,
         default=None,
         help="prepared part directories, or arrow/ directories",
     )
     model.add_argument(
         "--eval_dataset",
         nargs="+",
-        type=Path,
+        type=existing_directory,
         default=None,
         help="prepared data to evaluate on; off when not given",
     )
@@ -196,6 +197,7 @@ def build_parser() -> ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--load_checkpoint",
+        type=_checkpoint,
         default=None,
         help="a step directory, `latest`, or a directory of weights alone, which starts a new stage",
     )
@@ -232,6 +234,20 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def _model_path(text: str) -> str:
+    """A local model directory, or a name on the hub."""
+    path = Path(text)
+    if (text.startswith(("/", ".", "~")) or path.exists()) and not (path / "config.json").is_file():
+        raise ValueError("no config.json there; give a Hugging Face model directory")
+    return text
+
+
+def _checkpoint(text: str) -> str:
+    if text != "latest" and not Path(text).is_dir():
+        raise ValueError("no such directory; give a checkpoint, weights, or `latest`")
+    return text
+
+
 def data_parallel_size(args: argparse.Namespace, world_size: int) -> int:
     """Ranks that see different rows."""
     if args.plugin != "3d":
@@ -244,17 +260,6 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
     problems = []
     if not args.benchmark and not args.dataset:
         problems.append("--dataset: required, but not given (only --benchmark makes its own rows)")
-    if "/" in args.pretrained or "." in args.pretrained or Path(args.pretrained).exists():
-        path = Path(args.pretrained)
-        looks_local = args.pretrained.startswith(("/", ".", "~")) or path.exists()
-        if looks_local and not (path / "config.json").is_file():
-            problems.append(f"--pretrained {path}: no config.json there; give a Hugging Face model directory")
-    for flag in ("dataset", "eval_dataset"):
-        for path in getattr(args, flag) or ():
-            if not path.is_dir():
-                problems.append(f"--{flag} {path}: no such directory")
-    if args.load_checkpoint not in (None, "latest") and not Path(args.load_checkpoint).is_dir():
-        problems.append(f"--load_checkpoint {args.load_checkpoint}: no such directory")
     if args.plugin in GEMINI_PLUGINS:
         if args.mixed_precision == "fp32":
             problems.append(
