@@ -39,7 +39,7 @@ def train(args: argparse.Namespace, stop) -> int:
     import torch.distributed as dist
 
     from colossal_llama.training import setup
-    from colossal_llama.training.checkpoint import CheckpointWriter, resolve_checkpoint
+    from colossal_llama.training.checkpoint import CheckpointWriter
     from colossal_llama.training.interruption import STOPPED_EXIT_CODE
     from colossal_llama.training.metrics import MetricsWriter, draw_curves
     from colossal_llama.training.plan import check_layout, global_batch_line, make_plan
@@ -57,7 +57,7 @@ def train(args: argparse.Namespace, stop) -> int:
     log(global_batch_line(plan, args))
     with contextlib.ExitStack() as cleanup:
         setup.lock_save_dir(args, cleanup)
-        checkpoint, stage_weights = resolve_checkpoint(args.load_checkpoint, args.save_dir)
+        checkpoint, stage_weights = setup.find_checkpoint(args)
         settings = setup.describe_run(args, inputs, plan)
         if checkpoint is None:
             setup.refuse_used_save_dir(args)

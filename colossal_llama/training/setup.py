@@ -9,14 +9,18 @@ import os
 import platform
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_directories
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
-from colossal_llama.training.checkpoint import ADAPTER_DIRECTORY, STATE_FILE, list_checkpoints
+from colossal_llama.training.checkpoint import (
+    ADAPTER_DIRECTORY,
+    STATE_FILE,
+    list_checkpoints,
+    resolve_checkpoint,
+)
 from colossal_llama.training.interruption import StopRequest
 from colossal_llama.training.model import (
     add_lora,
@@ -39,7 +43,6 @@ if TYPE_CHECKING:
     from colossal_llama.training.strategy import Strategy
 
 BENCHMARK_WARMUP_STEPS = 3
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Arguments that may differ between a run and its resumption; any other change is an error that names it.
 _FREE_ARGUMENTS = {
     "load_checkpoint",
@@ -124,10 +127,11 @@ def _free_port() -> int:
 
 @dataclass
 class Inputs:
-    """What a run reads: model configuration, tokenizer, training rows and evaluation sets by name."""
+    """What a run reads: model configuration, tokenizer, padding, training rows, evaluation sets by name."""
 
     config: LlamaConfig
     tokenizer: PreTrainedTokenizerBase | None
+    pad_token_id: int
     source: RowSource
     evaluation_sets: dict[str, PreparedDataset]
 
@@ -136,15 +140,17 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     """Opens configuration, tokenizer and data; all problems with the data are reported together."""
     config = load_config(args.pretrained, args.trust_remote_code)
     if args.benchmark:
-        return Inputs(
-            config, None, RandomRows(args.num_samples, args.max_length, config.vocab_size, args.seed), {}
-        )
+        rows = RandomRows(args.num_samples, args.max_length, config.vocab_size, args.seed)
+        return Inputs(config, None, 0, rows, {})
     tokenizer = load_tokenizer(args.pretrained, args.trust_remote_code)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"--pretrained {args.pretrained}: the tokenizer has {len(tokenizer)} tokens, the model only "
             f"{config.vocab_size} embeddings; run colossal_llama/model/init_model.py first"
         )
+    pad_token_id = tokenizer.eos_token_id if args.pad_token == "eos" else tokenizer.unk_token_id
+    if pad_token_id is None:
+        raise UserError(f"--pad_token {args.pad_token}: the tokenizer has no such token; use the other one")
     fingerprint = tokenizer_fingerprint(tokenizer)
 
     def read(paths: list[Path]) -> PreparedDataset:
@@ -153,7 +159,7 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
         )
 
     evaluation_sets = {str(path): read([path]) for path in args.eval_dataset or ()}
-    return Inputs(config, tokenizer, read(args.dataset), evaluation_sets)
+    return Inputs(config, tokenizer, pad_token_id, read(args.dataset), evaluation_sets)
 
 
 def lock_save_dir(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> None:
@@ -171,6 +177,22 @@ def lock_save_dir(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> No
     dist.broadcast_object_list(problem, src=0)
     if problem[0]:
         raise UserError(problem[0])
+
+
+def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """`resolve_checkpoint` for all ranks: rank 0 reads the files and their checksums, the others are told."""
+    import torch.distributed as dist
+
+    answer: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            answer[0] = resolve_checkpoint(args.load_checkpoint, args.save_dir)
+        except UserError as error:
+            answer[1] = error.problems
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise UserError(answer[1])
+    return answer[0]
 
 
 def refuse_used_save_dir(args: argparse.Namespace) -> None:
@@ -293,16 +315,8 @@ def describe_kernels(strategy: Strategy) -> str:
 
 
 def collator_settings(args: argparse.Namespace, strategy: Strategy, inputs: Inputs) -> dict[str, Any]:
-    tokenizer = inputs.tokenizer
-    pad_token_id = None
-    if tokenizer is not None:
-        pad_token_id = tokenizer.eos_token_id if args.pad_token == "eos" else tokenizer.unk_token_id
-        if pad_token_id is None:
-            raise UserError(
-                f"--pad_token {args.pad_token}: the tokenizer has no such token; use --pad_token eos"
-            )
     return {
-        "pad_token_id": pad_token_id or 0,
+        "pad_token_id": inputs.pad_token_id,
         "pad_to": args.max_length if args.padding_mode == "max_length" else None,
         "isolate_documents": args.isolate_documents,
         "vocab_size": inputs.config.vocab_size,
