@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
@@ -24,6 +25,10 @@ LLAMA3_SPLIT = (
 )
 
 pytest_plugins = ["parity", "training_inputs"]
+
+# Machines that run tests are shared: how long an example takes says nothing.
+settings.register_profile("shared_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared_machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

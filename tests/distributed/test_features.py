@@ -58,6 +58,33 @@ def test_lora_is_saved_as_an_adapter_or_merged(tmp_path, training_inputs):
     assert all("proj" in name for name in changed)
 
 
+def test_tied_embeddings_train_the_same_in_every_layout(tmp_path, training_inputs):
+    """LLaMA-3.2 shares input and output embeddings; under pipelines they live on two stages."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tied = tmp_path / "tied"
+    shutil.copytree(training_inputs.model, tied)
+    (tied / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(training_inputs.model, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tied)
+    flags = training_inputs.flags()
+    flags[1] = str(tied)
+    plain = train(tmp_path / "ddp", 1, *flags, *SHORT, *DDP)
+    assert plain.returncode == 0, plain.output[-3000:]
+    expected = load(plain.save_dir / "modeling").state_dict()
+    for layout in (["--tp", 2], ["--pp", 2, "--zero_stage", 0]):
+        flags_3d = ["--plugin", "3d", *layout, "--mixed_precision", "fp32"]
+        run = train(tmp_path / layout[0], 2, *flags, *SHORT, *flags_3d)
+        assert run.returncode == 0, run.output[-3000:]
+        assert run.losses() == pytest.approx(plain.losses(), rel=1e-5)
+        found = load(run.save_dir / "modeling").state_dict()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
+
+
 def test_evaluation_is_the_token_mean_over_all_rows(tmp_path, training_inputs):
     part = training_inputs.data / "part-00002"
     evaluated = ["--eval_dataset", part, training_inputs.data / "part-00001", "--eval_interval", 2]

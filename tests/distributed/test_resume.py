@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -133,9 +134,14 @@ def wait_for_steps(directory: Path, steps: int, process: subprocess.Popen, timeo
 
 def workers_of(process: subprocess.Popen) -> list[int]:
     """The `train.py` processes that a launcher started."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()[1:]]
-    return [pid for pid, parent in pairs if parent == process.pid]
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # pid (name) state ppid …; the name may hold anything.
+            pid, rest = stat.read_text().split(" ", 1)
+            if int(rest.rpartition(")")[2].split()[1]) == process.pid:
+                children.append(int(pid))
+    return sorted(children)
 
 
 def test_sigterm_saves_and_exits_143(tmp_path, training_inputs):
