@@ -8,7 +8,6 @@ machine slows both; the figure is the median of the ratios, pair by pair.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import tempfile
@@ -53,7 +52,6 @@ def make_config(args):
 
 def main() -> None:
     args = parse().parse_args()
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     with tempfile.TemporaryDirectory() as directory:
         make_config(args).save_pretrained(directory)
         measure(args, Path(directory))

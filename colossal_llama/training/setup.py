@@ -82,8 +82,6 @@ def quieten_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("colossalai").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Importing colossalai reaches torch's compiler, which starts a pool of processes that nothing here uses.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def start_process(args: argparse.Namespace) -> StopRequest:
