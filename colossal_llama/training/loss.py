@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,90 @@ from torch import nn
 IGNORE_INDEX = -100
 # Logits of one chunk: 64 Mi values are 256 MiB in fp32.
 MAX_CHUNK_VALUES = 64 * 1024 * 1024
+# Device type that the fused kernel is for; tests say "any" and run it in Triton's interpreter.
+USE_LIGER_ON = "cuda"
+
+
+@functools.cache
+def liger_kernel() -> Any:
+    """liger's fused cross-entropy kernel, or None when it is not installed."""
+    try:
+        from liger_kernel.ops import cross_entropy
+    except ImportError:
+        return None
+    return cross_entropy
+
+
+def _fused_cross_entropy(
+    module: Any, logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each row in fp32 and d loss / d logits, which overwrites `logits`.
+
+    liger's own Python function rounds the losses to the dtype of the logits and waits for the device; its
+    kernel, launched here, does neither.
+    """
+    num_rows, num_columns = logits.shape
+    losses = torch.zeros(num_rows, dtype=torch.float32, device=logits.device)
+    module.liger_cross_entropy_kernel[(num_rows,)](
+        X_ptr=logits,
+        X_stride=logits.stride(0),
+        Y_ptr=target,
+        Y_stride=target.stride(0),
+        weight_ptr=None,
+        loss_ptr=losses,
+        z_loss_ptr=None,
+        loss_stride=losses.stride(0),
+        n_cols=num_columns,
+        n_non_ignore=1,
+        sum_non_ignore_weight=1,
+        weight_sum=0.0,
+        ignore_index=IGNORE_INDEX,
+        lse_square_scale=0.0,
+        label_smoothing=0.0,
+        reduction="sum",
+        softcap=None,
+        RETURN_Z_LOSS=False,
+        BLOCK_SIZE=min(module.MAX_FUSED_SIZE, 1 << (num_columns - 1).bit_length()),
+        HAS_WEIGHT=False,
+        HAS_SOFTCAPPING=False,
+        num_warps=32,
+    )
+    return losses, logits
+
+
+def _cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, vocab_start: int, group: Any, needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Loss of each row in fp32 and d loss / d logits (None unless asked for); overwrites `logits`, fp32.
+
+    With `group`, the columns are this rank's slice of the vocabulary, from `vocab_start` on.
+    """
+    num_columns = logits.size(1)
+    counted = target != IGNORE_INDEX
+    local = target - vocab_start
+    held = counted & (local >= 0) & (local < num_columns)
+    index = torch.where(held, local, 0)[:, None]
+    maximum = logits.amax(dim=1) if num_columns else logits.new_full((logits.size(0),), float("-inf"))
+    if group is not None:
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+    logits.sub_(maximum[:, None])
+    if num_columns:
+        target_logit = torch.where(held, logits.gather(1, index)[:, 0], 0.0)
+    else:
+        target_logit = torch.zeros_like(maximum)
+    exponentials = logits.exp_()
+    denominator = exponentials.sum(dim=1)
+    if group is not None:
+        both = torch.stack([target_logit, denominator])
+        dist.all_reduce(both, group=group)
+        target_logit, denominator = both
+    losses = torch.where(counted, denominator.log() - target_logit, 0.0)
+    if not needs_grad:
+        return losses, None
+    gradient = exponentials.div_(denominator[:, None]).mul_(counted[:, None])
+    if num_columns:
+        gradient.scatter_add_(1, index, -held.to(gradient.dtype)[:, None])
+    return losses, gradient
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -45,34 +130,19 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             compute_dtype = weight.dtype
         compute_weight = weight.to(compute_dtype)[:num_valid]
         chunk_size = max(1, MAX_CHUNK_VALUES // max(1, num_valid))
+        fused_kernel = (
+            liger_kernel() if USE_LIGER_ON in ("any", hidden.device.type) and group is None else None
+        )
         for start in range(0, hidden.size(0), chunk_size):
             rows = slice(start, start + chunk_size)
             chunk, target = hidden[rows].to(compute_dtype), labels[rows]
-            logits = (chunk @ compute_weight.T).float()
-            counted = target != IGNORE_INDEX
-            local = target - vocab_start
-            held = counted & (local >= 0) & (local < num_valid)
-            index = torch.where(held, local, 0)[:, None]
-            empty = logits.new_full((logits.size(0),), float("-inf"))
-            maximum = logits.amax(dim=1) if num_valid else empty
-            if group is not None:
-                dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-            logits.sub_(maximum[:, None])
-            if num_valid:
-                target_logit = torch.where(held, logits.gather(1, index)[:, 0], 0.0)
+            logits = chunk @ compute_weight.T
+            if fused_kernel is not None:
+                losses, gradient = _fused_cross_entropy(fused_kernel, logits, target)
             else:
-                target_logit = torch.zeros_like(maximum)
-            exponentials = logits.exp_()
-            denominator = exponentials.sum(dim=1)
-            if group is not None:
-                both = torch.stack([target_logit, denominator])
-                dist.all_reduce(both, group=group)
-                target_logit, denominator = both
-            total += torch.where(counted, denominator.log() - target_logit, 0.0).sum()
+                losses, gradient = _cross_entropy(logits.float(), target, vocab_start, group, needs_grad)
+            total += losses.sum()
             if needs_grad:
-                gradient = exponentials.div_(denominator[:, None]).mul_(counted[:, None])
-                if num_valid:
-                    gradient.scatter_add_(1, index, -held.to(gradient.dtype)[:, None])
                 gradient = gradient.to(compute_dtype)
                 grad_hidden[rows] = gradient @ compute_weight
                 if grad_weight is not None:

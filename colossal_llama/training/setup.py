@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_directories
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
+from colossal_llama.training.arguments import GEMINI_PLUGINS
 from colossal_llama.training.checkpoint import (
     ADAPTER_DIRECTORY,
     STATE_FILE,
@@ -299,16 +300,18 @@ def describe_kernels(strategy: Strategy) -> str:
     from colossal_llama.training.attention import has_flash_attn
     from colossal_llama.training.strategy import has_apex_norm
 
+    on_gpu = strategy.device.type == "cuda"
     attention = "flash-attn" if strategy.use_flash else "torch scaled dot-product"
-    found = {
-        "flash-attn": has_flash_attn(),
-        "apex": has_apex_norm(),
-        "liger-kernel": importlib.util.find_spec("liger_kernel") is not None,
-    }
+    liger = importlib.util.find_spec("liger_kernel") is not None
+    whole_logits = strategy.args.plugin in GEMINI_PLUGINS
+    loss = "whole logits" if whole_logits else "chunked cross entropy"
+    if liger and on_gpu and not whole_logits and strategy.tensor_group is None:
+        loss += " by liger-kernel"
+    found = {"flash-attn": has_flash_attn(), "apex": has_apex_norm(), "liger-kernel": liger}
     optional = ", ".join(f"{name} {'found' if there else 'not found'}" for name, there in found.items())
     return (
         f"Device {strategy.device.type}, {strategy.args.plugin}, {strategy.args.mixed_precision}; "
-        f"attention: {attention}; {optional}"
+        f"attention: {attention}; loss: {loss}; {optional}"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ NO_CLIPPING = 1e30
 INITIAL_LOSS_SCALE = 2.0**16
 
 Batch = dict[str, torch.Tensor]
+# Name of a part of a step -> the context that times it.
+Phase = Callable[[str], contextlib.AbstractContextManager]
 
 
 class Strategy:
@@ -259,12 +261,15 @@ class Strategy:
         moved["attention_mask"] = batch["document_index"].to(self.device, non_blocking=True)
         return moved
 
-    def run_passes(self, batches: Sequence[Batch], num_labels: int, step: int) -> torch.Tensor:
+    def run_passes(
+        self, batches: Sequence[Batch], num_labels: int, step: int, phase: Phase = contextlib.nullcontext
+    ) -> torch.Tensor:
         """Forward and backward of one optimizer step.
 
         Args:
             batches: this rank's micro-batches (pipeline: passes).
             num_labels: tokens with loss of the step, over all passes and data-parallel ranks.
+            phase: gives the context of "forward" and of "backward" (pipeline: of both together).
 
         Returns:
             This rank's summed loss, fp32 (pipeline: zero except on the last stage).
@@ -282,18 +287,20 @@ class Strategy:
                 self.booster.no_sync(self.model, self.optimizer) if skip_sync else contextlib.nullcontext()
             )
             with context:
-                total += self._train_pass(batch, factor)
+                total += self._train_pass(batch, factor, phase)
         return total
 
-    def _train_pass(self, batch: Batch, factor: float) -> torch.Tensor:
+    def _train_pass(self, batch: Batch, factor: float, phase: Phase) -> torch.Tensor:
         if self.is_pipeline:
-            return self._pipeline_pass(batch, factor)
-        with self._autocast():
+            with phase("forward and backward"):
+                return self._pipeline_pass(batch, factor)
+        with phase("forward"), self._autocast():
             loss_sum = self.model(**batch)["loss_sum"]
         loss = loss_sum * factor
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        self.booster.backward(loss, self.optimizer)
+        with phase("backward"):
+            self.booster.backward(loss, self.optimizer)
         return loss_sum.detach()
 
     def _pipeline_pass(self, batch: Batch, factor: float) -> torch.Tensor:

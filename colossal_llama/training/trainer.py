@@ -126,8 +126,8 @@ class Trainer:
             )
             num_labels, num_tokens, stop_requests = strategy.sum_counts(counts).tolist()
             device_batches = [strategy.to_device(batch) for batch in collated]
-        with self._phase("forward and backward"):
-            own_loss = strategy.run_passes(device_batches, int(num_labels), state.step)
+        own_loss = strategy.run_passes(device_batches, int(num_labels), state.step, self._phase)
+        with self._phase("sum of losses"):
             loss = float(strategy.sum_losses(own_loss.double()[None])[0]) / max(1.0, num_labels)
         if not math.isfinite(loss):
             self._stop_at_broken_loss(loss, own_loss, collated)

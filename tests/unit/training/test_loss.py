@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,3 +69,65 @@ def test_frozen_head_gets_no_gradient():
     next_token_loss_sum(head, hidden, torch.randint(0, 20, (1, 5))).backward()
     assert head.weight.grad is None
     assert hidden.grad is not None
+
+
+LIGER_AGAINST_TORCH = """
+import ctypes
+import numpy as np
+import torch
+from triton.runtime import interpreter
+from colossal_llama.training import loss
+
+# What Triton 3.1's interpreter reads and writes memory with was compiled for numpy 1; this is for any numpy.
+def load(pointers, mask, other, dtype):
+    values = np.array(np.broadcast_to(other, pointers.shape), dtype=dtype)
+    for i in np.flatnonzero(mask):
+        ctypes.memmove(values[i:].ctypes.data, int(pointers.flat[i]), values.itemsize)
+    return values
+
+def store(pointers, values, mask):
+    values = np.ascontiguousarray(np.broadcast_to(values, pointers.shape))
+    for i in np.flatnonzero(mask):
+        ctypes.memmove(int(pointers.flat[i]), values[i:].ctypes.data, values.itemsize)
+
+interpreter._interpreter.load, interpreter._interpreter.store = load, store
+patch = interpreter._patch_lang_tensor
+
+def patch_for_numpy(tensor):
+    patch(tensor)
+    tensor.__index__ = lambda self: self.handle.data.item()
+
+interpreter._patch_lang_tensor = patch_for_numpy
+
+torch.manual_seed(0)
+loss.MAX_CHUNK_VALUES = 7 * 203
+for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    head = torch.nn.Linear(16, 203, bias=False).to(dtype)
+    hidden = torch.randn(2, 9, 16).to(dtype)
+    labels = torch.randint(0, 203, (2, 9))
+    labels[:, ::4] = -100
+    results = {}
+    for device in ("cuda", "any"):
+        loss.USE_LIGER_ON = device
+        head.weight.grad, x = None, hidden.clone().requires_grad_()
+        value = loss.next_token_loss_sum(head, x, labels)
+        (value * 0.37).backward()
+        results[device] = (value.detach(), x.grad, head.weight.grad)
+    assert results["any"][0].dtype == torch.float32
+    for torch_result, liger_result in zip(*results.values()):
+        torch.testing.assert_close(liger_result, torch_result, rtol=rtol, atol=rtol * 0.1)
+assert loss.liger_kernel() is not None
+print("equal")
+"""
+
+
+def test_ligers_kernel_gives_the_same():
+    """The kernel itself, in Triton's interpreter, since there need not be a GPU."""
+    finished = subprocess.run(
+        [sys.executable, "-c", LIGER_AGAINST_TORCH],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.stdout == "equal\n", finished.stderr
