@@ -67,10 +67,17 @@ def train(args: argparse.Namespace, stop) -> int:
         log(setup.describe_kernels(strategy))
         setup.boost_model(args, strategy, inputs, checkpoint, stage_weights)
         writer = CheckpointWriter(
-            args.save_dir, strategy, inputs.tokenizer, plan.schedule, args.save_total_limit, settings
+            args.save_dir,
+            strategy,
+            inputs.tokenizer,
+            plan.schedule,
+            args.save_total_limit,
+            settings,
+            args.async_save,
         )
         state = TrainState() if checkpoint is None else writer.load(checkpoint)
         if checkpoint is not None:
+            setup.continue_at_same_row(checkpoint, state, plan, len(inputs.source), args.num_epochs)
             log(f"Resumed from {checkpoint}: step {state.step}, epoch {state.epoch}, row {state.position}")
         metrics = None
         if is_main and not args.benchmark:

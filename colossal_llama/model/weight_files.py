@@ -57,6 +57,10 @@ class TensorInfo:
         return self.num_elements * _ITEM_BYTES[self.dtype]
 
 
+class SupportsWrite(Protocol):
+    def write(self, data: bytes, /) -> Any: ...
+
+
 class Shard(Protocol):
     """One file of source weights."""
 
@@ -193,6 +197,11 @@ def torch_dtype(name: str) -> Any:
     }.get(name)  # fmt: skip
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The safetensors name of a torch dtype."""
+    return next(name for name in _ITEM_BYTES if torch_dtype(name) is dtype)
+
+
 def find_shards(directory: Path, flag: str) -> list[Path]:
     """The weight files of a Hugging Face model directory, in the order of preference of `from_pretrained`.
 
@@ -227,11 +236,12 @@ def output_name(source: Path) -> str:
     return source.name.replace("pytorch_model", "model", 1).removesuffix(".bin") + ".safetensors"
 
 
-def write_header(tensors: Sequence[TensorInfo], output: BinaryIO) -> None:
+def write_header(
+    tensors: Sequence[TensorInfo], output: SupportsWrite, metadata: dict[str, str] | None = None
+) -> None:
     """Writes a safetensors header for tensors that follow in this order."""
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt"}
-    }  # transformers refuses files that do not say it
+    # transformers refuses files that do not say "format".
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for tensor in tensors:
         header[tensor.name] = {

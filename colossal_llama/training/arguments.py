@@ -210,6 +210,12 @@ def build_parser() -> ArgumentParser:
     output.add_argument(
         "--save_total_limit", type=non_negative_int, default=0, help="newest checkpoints to keep; 0 = all"
     )
+    parser.add_flag(
+        "--async_save",
+        default=True,
+        help="write checkpoints while training goes on, where the memory for a copy is there",
+        group=output,
+    )
     parser.add_flag("--skip_save_each_epoch", default=False, help="no checkpoint at epoch ends", group=output)
     output.add_argument(
         "--tensorboard_dir", type=Path, default=Path("logs_dir"), help="directory of the metrics"

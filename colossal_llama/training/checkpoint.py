@@ -9,28 +9,43 @@
         running_states.json  position, data fingerprint, layout, arguments, versions
         COMPLETE             written last: sizes and CRC-32 of all other files, JSON
 
-The directory is written under a hidden name, made durable, and renamed.
+A save copies what training is about to change, and writes the copy beside training under a hidden name. Once
+every process has written its share, the main one lists all files, and renames the directory.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import re
 import shutil
-import zlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from colossal_llama.training.arguments import GEMINI_PLUGINS
 from colossal_llama.training.model import is_weights_directory
+from colossal_llama.training.modeling_files import (
+    MODELING_DIRECTORY,
+    add_modeling,
+    name_weight_files,
+    usual_weight_names,
+)
+from colossal_llama.training.optimizer_files import (
+    OPTIMIZER_DIRECTORY,
+    add_optimizer,
+    read_other_layout,
+    read_own_shard,
+)
+from colossal_llama.training.saving import BackgroundWrite, FilePlan, Listing, checksum_file, list_files
 from colossal_llama.training.schedule import LearningRateSchedule
 from colossal_llama.training.state import TrainState
 from colossal_llama.utils.console import log, warn
@@ -43,13 +58,12 @@ if TYPE_CHECKING:
     from colossal_llama.training.strategy import Strategy
 
 COMPLETE_FILE = "COMPLETE"
-ADAPTER_DIRECTORY = "adapter"
 STATE_FILE = "running_states.json"
 SCHEDULE_FILE = "lr_scheduler"
 _NAME = re.compile(r"epoch-(\d+)_step-(\d+)$")
-# Weight files of `modeling/` are cut at this size.
-MAX_FILE_BYTES = 5 * 1024**3
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_RNG_DIRECTORY = "rng"
+# Part of the memory that is free which a copy of the state may take.
+_COPY_SHARE = 0.7
 
 
 def checkpoint_name(state: TrainState) -> str:
@@ -66,6 +80,13 @@ def list_checkpoints(save_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(_NAME.match(path.name).group(2)))
 
 
+def remove_leftovers(save_dir: Path) -> None:
+    """Removes what saves and removals that were cut short have left; for the run that holds the lock."""
+    for pattern in (".*.unfinished", ".*.removed", ".*.old"):
+        for path in save_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files (missing, other size, other CRC-32), or None."""
     try:
@@ -80,17 +101,9 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes instead of {size}"
-        if _crc32(path) != checksum:
+        if checksum_file(path) != checksum:
             return f"{path} has changed since it was written (CRC-32 differs)"
     return None
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def resolve_checkpoint(load_checkpoint: str | None, save_dir: Path) -> tuple[Path | None, Path | None]:
@@ -135,12 +148,45 @@ def resolve_checkpoint(load_checkpoint: str | None, save_dir: Path) -> tuple[Pat
     )
 
 
+@dataclass
+class SaveReport:
+    """Attributes:
+    path: the checkpoint, complete.
+    pause_seconds: for how long training stood still.
+    seconds: from the beginning of the save until the checkpoint was complete.
+    num_bytes: of all files.
+    """
+
+    path: Path
+    pause_seconds: float
+    seconds: float
+    num_bytes: int
+
+    def __str__(self) -> str:
+        speed = self.num_bytes / 1e9 / max(self.seconds, 1e-9)
+        return (
+            f"Saved {self.path}: {self.num_bytes / 1e9:.3g} GB in {self.seconds:.1f} s ({speed:.2f} GB/s), "
+            f"training paused for {self.pause_seconds:.1f} s"
+        )
+
+
+@dataclass
+class _Pending:
+    target: Path
+    aside: Path
+    write: BackgroundWrite
+    started: float
+    pause_seconds: float
+
+
 class CheckpointWriter:
-    """Saves and loads the whole state of a run.
+    """Saves and loads the whole state of a run. `begin` and `finish` are called by every rank, `is_written`
+    by each for itself.
 
     Args:
         save_total_limit: newest checkpoints to keep; 0 keeps all.
         settings: what a resumed run compares: arguments, layout, data fingerprint, versions.
+        in_background: write while training goes on, where the memory for a copy is there.
     """
 
     def __init__(
@@ -151,277 +197,248 @@ class CheckpointWriter:
         schedule: LearningRateSchedule,
         save_total_limit: int,
         settings: dict[str, Any],
+        in_background: bool,
     ) -> None:
         self.save_dir, self.strategy, self.tokenizer = save_dir, strategy, tokenizer
         self.schedule, self.save_total_limit, self.settings = schedule, save_total_limit, settings
         self.is_main = dist.get_rank() == 0
+        self.is_gemini = strategy.args.plugin in GEMINI_PLUGINS
+        self.in_background = in_background and not self.is_gemini
+        self._pending: _Pending | None = None
 
-    def save(self, state: TrainState) -> Path:
-        """Writes a checkpoint; every rank must call it. Returns its directory."""
+    @property
+    def is_saving(self) -> bool:
+        return self._pending is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this process has written its share of the save in progress, or failed to."""
+        return self._pending is not None and self._pending.write.is_done
+
+    def begin(self, state: TrainState) -> None:
+        """Starts a checkpoint: after it returns, training may change everything.
+
+        Raises:
+            OSError: on every rank, when any rank could not begin.
+        """
+        assert self._pending is None, "one save at a time"
+        started = time.perf_counter()
         target = self.save_dir / checkpoint_name(state)
         aside = self.save_dir / f".{target.name}.unfinished"
-        if target.exists() and find_damage(target) is None:
-            return target
-        failure = None
-        try:
-            if self.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-                (aside / "optimizer").mkdir(parents=True)
-                (aside / "rng").mkdir()
-        except OSError as error:
-            failure = error
-        self._agree(failure, aside)
-        try:
-            self._write_optimizer(aside / "optimizer")
-            _save_rng(aside / "rng" / f"rank-{dist.get_rank():05d}.pt")
-            if self.is_main:
-                write_json(aside / SCHEDULE_FILE, {**self.schedule.__dict__, "step": state.step})
-                write_json(aside / STATE_FILE, {"state": state.to_json(), **self.settings})
-        except OSError as error:
-            failure = error
-        self._agree(failure, aside)
-        self.save_modeling(aside / "modeling")
-        try:
-            if self.is_main and self.strategy.args.merge_lora:
-                self.strategy.peft_model.save_pretrained(aside / ADAPTER_DIRECTORY)
-            if self.is_main:
-                _finish(aside, target)
-                self._remove_old(keep=target)
-        except OSError as error:
-            failure = error
-        self._agree(failure, aside)
-        return target
 
-    def _agree(self, failure: OSError | None, aside: Path) -> None:
-        """Raises the same OSError on all ranks when any of them failed, and removes what was half written."""
-        failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(
-            failures, None if failure is None else f"{failure.filename}: {failure.strerror}"
+        def make_directories() -> None:
+            shutil.rmtree(aside, ignore_errors=True)
+            for name in (OPTIMIZER_DIRECTORY, _RNG_DIRECTORY, MODELING_DIRECTORY):
+                (aside / name).mkdir(parents=True)
+
+        self._together(make_directories, aside, main_only=True)
+        in_background = self.in_background and self._copy_fits()
+        plan = FilePlan(aside, copies=in_background)
+
+        def collect() -> None:
+            if self.is_gemini:
+                self._write_gemini(aside)
+            else:
+                add_optimizer(plan, self.strategy)
+                add_modeling(plan, self.strategy, self.tokenizer, self.is_main, MODELING_DIRECTORY)
+            plan.add_bytes(f"{_RNG_DIRECTORY}/rank-{dist.get_rank():05d}.pt", _rng_state())
+            if self.is_main:
+                schedule = {**self.schedule.__dict__, "step": state.step}
+                for name, value in (
+                    (SCHEDULE_FILE, schedule),
+                    (STATE_FILE, {"state": state.to_json(), **self.settings}),
+                ):
+                    plan.add_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+        self._together(collect, aside)
+        write = BackgroundWrite(plan, inline=not in_background)
+        pause = time.perf_counter() - started
+        self._pending = _Pending(target, aside, write, started, pause)
+
+    def finish(self) -> SaveReport:
+        """Waits until every process has written, and gives the checkpoint its name.
+
+        Raises:
+            OSError: on every rank, when any rank could not write; nothing is left of the checkpoint.
+        """
+        pending = self._pending
+        assert pending is not None, "begin comes first"
+        self._pending = None
+        waiting = time.perf_counter()
+        pending.write.wait()
+        shares = self._together(
+            lambda: _raise_or(pending.write.failure, (pending.write.listing, pending.write.plan.location)),
+            pending.aside,
         )
-        reasons = [reason for reason in failures if reason is not None]
-        if reasons:
+        num_bytes = self._together(lambda: self._complete(pending, shares), pending.aside, main_only=True)[0]
+        now = time.perf_counter()
+        pause = pending.pause_seconds + now - waiting
+        return SaveReport(pending.target, pause, now - pending.started, num_bytes)
+
+    def save(self, state: TrainState) -> SaveReport:
+        """Begins and finishes."""
+        self.begin(state)
+        return self.finish()
+
+    def _complete(self, pending: _Pending, shares: list[tuple[Listing, dict]]) -> int:
+        """Lists all files with size and checksum, and renames the directory; returns the bytes in it."""
+        aside = pending.aside
+        listing: Listing = {}
+        location: dict[str, tuple[str, int]] = {}
+        for part, part_location in shares:
+            listing.update(part)
+            location.update(part_location)
+        if location:
+            renamed = usual_weight_names(location)
+            for old, new in renamed.items():
+                old, new = f"{MODELING_DIRECTORY}/{old}", f"{MODELING_DIRECTORY}/{new}"
+                listing[new] = listing.pop(old)
+            listing.update(name_weight_files(aside, MODELING_DIRECTORY, location))
+        unlisted = [
+            path
+            for path in aside.rglob("*")
+            if path.is_file() and str(path.relative_to(aside)) not in listing
+        ]
+        listing.update(list_files(aside, unlisted))
+        write_json(aside / COMPLETE_FILE, dict(sorted(listing.items())))
+        for directory in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
+            sync_directory(directory)
+        _replace(aside, pending.target)
+        self._remove_old(keep=pending.target)
+        return sum(size for size, _ in listing.values())
+
+    def _write_gemini(self, aside: Path) -> None:
+        booster, strategy = self.strategy.booster, self.strategy
+        booster.save_optimizer(strategy.optimizer, str(aside / OPTIMIZER_DIRECTORY), shard=True)
+        self._write_gemini_model(aside / MODELING_DIRECTORY)
+
+    def _write_gemini_model(self, directory: Path) -> None:
+        self.strategy.booster.save_model(
+            self.strategy.model, str(directory), shard=True, size_per_shard=5 * 1024, use_safetensors=True
+        )
+        if self.is_main:
+            config = self.strategy.causal_lm.config
+            config.torch_dtype, config.architectures = self.strategy.parameter_dtype, ["LlamaForCausalLM"]
+            config.save_pretrained(directory)
+            self.strategy.causal_lm.generation_config.save_pretrained(directory)
+            self.tokenizer.save_pretrained(directory)
+
+    def _copy_fits(self) -> bool:
+        """Whether all processes of all hosts have the memory for a copy of what they will write."""
+        import psutil
+
+        needed = 2 * sum(
+            master.nbytes + sum(t.nbytes for t in self._moments(master))
+            for _, master in self.strategy.master_weights().values()
+        )
+        available = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        fits: list[bool] = [True] * dist.get_world_size()
+        dist.all_gather_object(fits, needed < available * _COPY_SHARE)
+        if not all(fits):
+            self.in_background = False
+            log(
+                f"Checkpoints pause training while they are written: {available / 1e9:.1f} GB of memory a "
+                f"process are free, a copy takes up to {needed / 1e9:.1f} GB"
+            )
+        return all(fits)
+
+    def _moments(self, master: torch.Tensor) -> list[torch.Tensor]:
+        state = self.strategy.optimizer.optim.state.get(master, {})
+        return [value for value in state.values() if isinstance(value, torch.Tensor)]
+
+    def _together(self, action: Callable[[], Any], aside: Path, main_only: bool = False) -> list[Any]:
+        """Runs `action` on every rank, or on the main one; returns the results of all (of the main one).
+
+        Raises:
+            OSError: the same on all ranks, when it failed on any; what was half written is removed.
+        """
+        result = failure = None
+        if self.is_main or not main_only:
+            try:
+                result = action()
+            except (OSError, RuntimeError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                failure = f"{getattr(error, 'filename', None) or aside}: {reason}"
+        if main_only:
+            answers: list[Any] = [(result, failure)]
+            dist.broadcast_object_list(answers, src=0)
+        else:
+            answers = [None] * dist.get_world_size()
+            dist.all_gather_object(answers, (result, failure))
+        failures = [failure for _, failure in answers if failure is not None]
+        if failures:
             if self.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             dist.barrier()
-            raise OSError(f"checkpoint not saved: {reasons[0]}")
-
-    def save_modeling(self, directory: Path) -> None:
-        """Writes a complete Hugging Face model directory; every rank must call it."""
-        strategy = self.strategy
-        if self.is_main:
-            directory.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        failure = None
-        try:
-            if strategy.args.lora_rank:
-                if self.is_main:
-                    _save_lora(strategy, directory)
-            elif strategy.args.plugin in GEMINI_PLUGINS:
-                strategy.booster.save_model(
-                    strategy.model, str(directory), shard=True, size_per_shard=5 * 1024, use_safetensors=True
-                )
-            else:
-                self._write_weights(directory)
-            if self.is_main:
-                if not (directory / "adapter_config.json").is_file():
-                    _write_configs(strategy, directory)
-                self.tokenizer.save_pretrained(directory)
-        except (OSError, RuntimeError) as error:
-            failure = OSError(getattr(error, "errno", None), str(error), str(directory))
-        self._agree(failure, directory)
-
-    def _write_weights(self, directory: Path) -> None:
-        """Each pipeline stage writes its own safetensors files; rank 0 writes the index over all of them.
-
-        Sharded tensors are gathered one at a time over the tensor parallel group; rows that pad the
-        vocabulary are cut off. colossalai's own `save_model` fails on padded embeddings without tensor
-        parallelism.
-        """
-        from colossalai.checkpoint_io.utils import gather_distributed_param
-
-        strategy, args = self.strategy, self.strategy.args
-        stage, takes_part, writes = 0, self.is_main, self.is_main
-        if args.plugin == "3d":
-            plugin = strategy.plugin
-            stage = plugin.pg_mesh.coordinate(plugin.pp_axis)
-            takes_part = dist.get_rank(plugin.mixed_dp_group) == 0
-            writes = takes_part and dist.get_rank(plugin.tp_group) == 0
-        location: dict[str, tuple[str, int]] = {}
-        failure = None
-        if takes_part:
-            config = strategy.causal_lm.config
-            pending: dict[str, torch.Tensor] = {}
-            number = pending_bytes = 0
-
-            def flush() -> None:
-                nonlocal number, pending_bytes
-                number += 1
-                name = f"model-{stage + 1:05d}-{number:05d}.safetensors"
-                for tensor_name, tensor in pending.items():
-                    location[tensor_name] = (name, tensor.nbytes)
-                save_file(pending, directory / name, metadata={"format": "pt"})
-                pending.clear()
-                pending_bytes = 0
-
-            for name, parameter in strategy.causal_lm.named_parameters():
-                tensor = gather_distributed_param(parameter, keep_vars=False)
-                if not writes or failure is not None:
-                    continue
-                if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                    if config.tie_word_embeddings and name.startswith("lm_head"):
-                        continue
-                    tensor = tensor[: config.vocab_size]
-                try:
-                    if pending and pending_bytes + tensor.nbytes > MAX_FILE_BYTES:
-                        flush()
-                    pending[name] = tensor.detach().contiguous().cpu()
-                    pending_bytes += tensor.nbytes
-                except Exception as error:  # every rank must reach the collectives below
-                    failure = error
-            if writes and failure is None and pending:
-                try:
-                    flush()
-                except Exception as error:
-                    failure = error
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, location)
-        if failure is not None:
-            raise OSError(None, str(failure), str(directory)) from failure
-        if self.is_main:
-            _write_weight_index(directory, {k: v for each in gathered for k, v in each.items()})
+            raise OSError(f"checkpoint not saved: {failures[0]}")
+        return [result for result, _ in answers]
 
     def save_final_modeling(self) -> Path:
         """Writes `<save_dir>/modeling`, replacing an older one only once the new one is complete."""
-        target = self.save_dir / "modeling"
-        aside = self.save_dir / ".modeling.unfinished"
-        if self.is_main:
+        target = self.save_dir / MODELING_DIRECTORY
+        aside = self.save_dir / f".{MODELING_DIRECTORY}.unfinished"
+
+        def make_directory() -> None:
             shutil.rmtree(aside, ignore_errors=True)
-        dist.barrier()
-        self.save_modeling(aside)
-        if self.is_main:
-            for path in sorted(aside.rglob("*")):
-                _sync_file(path)
-            old = self.save_dir / ".modeling.old"
-            shutil.rmtree(old, ignore_errors=True)
-            if target.exists():
-                target.rename(old)
-            aside.rename(target)
-            sync_directory(self.save_dir)
-            shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+            aside.mkdir(parents=True)
+
+        def write() -> dict[str, tuple[str, int]]:
+            if self.is_gemini:
+                self._write_gemini_model(aside)
+                return {}
+            plan = FilePlan(aside, copies=False)
+            add_modeling(plan, self.strategy, self.tokenizer, self.is_main)
+            plan.run()
+            return plan.location
+
+        def complete() -> None:
+            location = {name: place for share in shares for name, place in share.items()}
+            if location:
+                name_weight_files(aside, "", location)
+            sync_directory(aside)
+            _replace(aside, target)
+
+        self._together(make_directory, aside, main_only=True)
+        shares = self._together(write, aside)
+        self._together(complete, aside, main_only=True)
         return target
 
     def load(self, checkpoint: Path) -> TrainState:
         """Restores optimizer, master weights, RNG and position; every rank must call it.
 
-        The weights themselves were loaded from `checkpoint/modeling` when the model was made.
+        The weights themselves were loaded from `checkpoint/modeling` when the model was made. On the layout
+        that saved, the run goes on bit for bit; on another, shards are put together and cut again, and random
+        numbers start anew.
 
         Raises:
-            UserError: the layout differs from the one that saved.
+            UserError: the checkpoint is Gemini's and the layout differs.
         """
         saved = read_json(checkpoint / STATE_FILE)
-        saved_layout, layout = saved["layout"], self.settings["layout"]
-        if saved_layout != layout:
-            changed = [
-                f"{k} {saved_layout.get(k)} -> {layout.get(k)}"
-                for k in layout
-                if saved_layout.get(k) != layout[k]
-            ]
-            raise UserError(
-                f"--load_checkpoint {checkpoint}: saved by another layout ({', '.join(changed)}); use "
-                f"the same one, or start a new stage from {checkpoint / 'modeling'}"
+        state = TrainState(**saved["state"])
+        changed = changed_layout(saved, self.settings)
+        if self.is_gemini or saved["layout"]["plugin"] in GEMINI_PLUGINS:
+            if changed:
+                raise UserError(
+                    f"--load_checkpoint {checkpoint}: saved by another layout ({', '.join(changed)}), and "
+                    "Gemini's checkpoints fit their own only; use that one, or start a new stage from "
+                    f"{checkpoint / MODELING_DIRECTORY}"
+                )
+            self.strategy.booster.load_optimizer(
+                self.strategy.optimizer, str(checkpoint / OPTIMIZER_DIRECTORY)
             )
-        self._read_optimizer(checkpoint / "optimizer")
-        _load_rng(checkpoint / "rng" / f"rank-{dist.get_rank():05d}.pt")
-        return TrainState(**saved["state"])
-
-    def _shard_name(self) -> str | None:
-        """File of this rank's optimizer shard; None when another rank holds the same and writes it."""
-        strategy, args = self.strategy, self.strategy.args
-        tensor = pipeline = 0
-        sharded_by_zero = args.plugin.startswith("zero2") or (args.plugin == "3d" and args.zero_stage > 0)
-        if args.plugin == "3d":
-            mesh, plugin = strategy.plugin.pg_mesh, strategy.plugin
-            tensor, pipeline = mesh.coordinate(plugin.tp_axis), mesh.coordinate(plugin.pp_axis)
-            replica = dist.get_rank(plugin.mixed_dp_group)
+        elif changed:
+            read_other_layout(checkpoint / OPTIMIZER_DIRECTORY, self.strategy)
         else:
-            replica = dist.get_rank()
-        return f"tp-{tensor:03d}_pp-{pipeline:03d}_zero-{replica if sharded_by_zero else 0:04d}.safetensors"
-
-    def _writes_shard(self) -> bool:
-        args = self.strategy.args
-        if args.plugin.startswith("zero2") or (args.plugin == "3d" and args.zero_stage > 0):
-            return True
-        if args.plugin == "3d":
-            return dist.get_rank(self.strategy.plugin.mixed_dp_group) == 0
-        return self.is_main
-
-    def _master_weights(self) -> dict[str, tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Parameter name -> (parameter of the model, what the optimizer updates: an fp32 master or
-        shard of it).
-        """
-        optimizer = self.strategy.optimizer
-        names = self.strategy.parameter_names
-        masters = {}
-        for parameter, name in names.items():
-            if not parameter.requires_grad:
-                continue
-            if hasattr(optimizer, "working_to_master_param"):
-                master = optimizer.working_to_master_param.get(id(parameter))
-            elif hasattr(optimizer, "working_to_master_map"):
-                master = optimizer.working_to_master_map.get(parameter)
-            else:
-                master = parameter
-            if master is not None:
-                masters[name] = (parameter, master)
-        return masters
-
-    def _write_optimizer(self, directory: Path) -> None:
-        strategy = self.strategy
-        if strategy.args.plugin in GEMINI_PLUGINS:
-            strategy.booster.save_optimizer(strategy.optimizer, str(directory), shard=True)
-            return
-        if not self._writes_shard():
-            return
-        tensors, steps = {}, {}
-        for name, (_, master) in self._master_weights().items():
-            tensors[f"{name}/master"] = master.detach().contiguous().cpu()
-            moments = strategy.optimizer.optim.state.get(master, {})
-            for moment in _MOMENTS:
-                if moment in moments:
-                    tensors[f"{name}/{moment}"] = moments[moment].detach().contiguous().cpu()
-            if "step" in moments:
-                steps[name] = float(moments["step"])
-        scaler = strategy.loss_scale_state()
-        metadata = {"steps": json.dumps(steps), "scaler": json.dumps(scaler)}
-        path = directory / self._shard_name()
-        try:
-            save_file(tensors, path, metadata=metadata)
-        except Exception as error:
-            raise OSError(None, str(error), str(path)) from error
-        _sync_file(path)
-
-    def _read_optimizer(self, directory: Path) -> None:
-        strategy = self.strategy
-        if strategy.args.plugin in GEMINI_PLUGINS:
-            strategy.booster.load_optimizer(strategy.optimizer, str(directory))
-            return
-        with safe_open(directory / self._shard_name(), framework="pt") as file:
-            keys = set(file.keys())
-            steps = json.loads(file.metadata()["steps"])
-            for name, (_, master) in self._master_weights().items():
-                with torch.no_grad():
-                    master.copy_(file.get_tensor(f"{name}/master"))
-                moments: dict[str, Any] = {
-                    moment: file.get_tensor(f"{name}/{moment}").to(master.device)
-                    for moment in _MOMENTS
-                    if f"{name}/{moment}" in keys
-                }
-                if name in steps:
-                    moments["step"] = strategy.optimizer_step_count(steps[name], master)
-                if moments:
-                    strategy.optimizer.optim.state[master] = moments
-            strategy.load_loss_scale_state(json.loads(file.metadata()["scaler"]))
+            read_own_shard(checkpoint / OPTIMIZER_DIRECTORY, self.strategy)
+        if changed:
+            torch.manual_seed((self.strategy.args.seed * 100_003 + dist.get_rank()) * 100_003 + state.step)
+            log(
+                f"The layout has changed ({', '.join(changed)}): training continues at the same row, equal "
+                "within rounding, not bit for bit"
+            )
+        else:
+            _load_rng(checkpoint / _RNG_DIRECTORY / f"rank-{dist.get_rank():05d}.pt")
+        return state
 
     def _remove_old(self, keep: Path) -> None:
         if not self.save_total_limit:
@@ -434,83 +451,37 @@ class CheckpointWriter:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _finish(aside: Path, target: Path) -> None:
-    """Lists all files with size and checksum, makes them durable, and gives the directory its name."""
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    listing = {}
-    for path in files:
-        _sync_file(path)
-        listing[str(path.relative_to(aside))] = [path.stat().st_size, _crc32(path)]
-    write_json(aside / COMPLETE_FILE, listing)
-    for directory in {path.parent for path in files} | {aside}:
-        sync_directory(directory)
+def _replace(aside: Path, target: Path) -> None:
+    """Gives a complete directory its name; one that has the name already goes only then."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(old)
     aside.rename(target)
     sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_weight_index(directory: Path, location: dict[str, tuple[str, int]]) -> None:
-    """One file gets the name that needs no index; several get the index that `from_pretrained` reads."""
-    files = {file for file, _ in location.values()}
-    if len(files) == 1:
-        (directory / files.pop()).rename(directory / "model.safetensors")
-        return
-    write_json(
-        directory / "model.safetensors.index.json",
-        {
-            "metadata": {"total_size": sum(size for _, size in location.values())},
-            "weight_map": {name: file for name, (file, _) in sorted(location.items())},
-        },
-    )
+def changed_layout(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """What differs between the layout of a checkpoint and this run's, "tp 1 -> 2"."""
+    before, now = saved["layout"], settings["layout"]
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
 
 
-def _sync_file(path: Path) -> None:
-    if not path.is_file():
-        return
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def _raise_or(failure: OSError | None, value: Any) -> Any:
+    if failure is not None:
+        raise failure
+    return value
 
 
-def _write_configs(strategy: Strategy, directory: Path) -> None:
-    """Config with the dtype that the weights have, and the generation config of the source."""
-    config = strategy.causal_lm.config
-    config.torch_dtype = strategy.parameter_dtype
-    config.architectures = ["LlamaForCausalLM"]
-    config.use_cache = True
-    config.save_pretrained(directory)
-    strategy.causal_lm.generation_config.save_pretrained(directory)
-
-
-def _save_lora(strategy: Strategy, directory: Path) -> None:
-    peft_model = strategy.peft_model
-    if not strategy.args.merge_lora:
-        peft_model.save_pretrained(directory)
-        return
-    from peft.tuners.lora import LoraLayer
-
-    merged = {}
-    for name, module in strategy.causal_lm.named_modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            delta = module.get_delta_weight("default")
-            merged[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
-    state = {}
-    for name, tensor in strategy.causal_lm.state_dict().items():
-        if ".lora_" in name:
-            continue
-        name = name.replace(".base_layer", "")
-        state[name] = merged.get(name, tensor).detach().contiguous().cpu()
-    if strategy.causal_lm.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _save_rng(path: Path) -> None:
+def _rng_state() -> bytes:
+    """Generators of python, numpy, torch and the GPU."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    torch.save(state, path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def _load_rng(path: Path) -> None:

@@ -8,9 +8,24 @@ import threading
 import time
 from types import FrameType
 
+from colossal_llama.utils.console import warn
+
 STOPPED_EXIT_CODE = 143
 # A worker whose launcher is gone leaves by itself after this long, even when its peers hang in a collective.
 LAUNCHER_GRACE_SECONDS = 90.0
+# torchrun (and so `colossalai run`) kills its workers this long after it has passed a signal on to them.
+TORCHRUN_LIMIT_SECONDS = 30.0
+
+
+def warn_of_launcher_limit(save_seconds: float) -> None:
+    """Says so when a save takes so long that torchrun would kill it; a step may have to end before it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and save_seconds > 0.8 * TORCHRUN_LIMIT_SECONDS:
+        warn(
+            f"a save takes {save_seconds:.0f} s, and torchrun kills its workers "
+            f"{TORCHRUN_LIMIT_SECONDS:.0f} s after a SIGTERM: a run that is stopped through its launcher may "
+            "have to continue from the last complete checkpoint. Save more often (--save_interval), or send "
+            "SIGTERM to the train.py processes themselves"
+        )
 
 
 class StopRequest:

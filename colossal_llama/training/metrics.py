@@ -75,12 +75,27 @@ class MetricsWriter:
         """Appends one object for an optimizer step; `step` and `tokens` are compulsory."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        self._add_scalars(record)
+
+    def _add_scalars(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
             tag = _TAGS.get(name) or (f"eval/{name}" if name.startswith("eval_loss/") else None)
             if tag is not None:
                 self._board.add_scalar(tag, value, record["step"])
             if name in _BY_TOKENS:
                 self._board.add_scalar(_BY_TOKENS[name], value, record["tokens"])
+
+    def complete_last(self, values: dict[str, Any]) -> None:
+        """Adds values to the last record: those of an evaluation that was done after a resume."""
+        self._file.close()
+        records = read_metrics(self.directory)
+        self._file = open(self.directory / METRICS_FILE, "w", encoding="utf-8")  # noqa: SIM115
+        for record in records[:-1]:
+            self._file.write(json.dumps(record) + "\n")
+        last = {**records[-1], **values}
+        self._file.write(json.dumps(last) + "\n")
+        self._file.flush()
+        self._add_scalars({name: last[name] for name in (*values, "step", "tokens")})
 
     def close(self) -> None:
         self._file.close()

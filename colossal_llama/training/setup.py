@@ -17,9 +17,10 @@ from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.training.arguments import GEMINI_PLUGINS
 from colossal_llama.training.checkpoint import (
-    ADAPTER_DIRECTORY,
     STATE_FILE,
+    changed_layout,
     list_checkpoints,
+    remove_leftovers,
     resolve_checkpoint,
 )
 from colossal_llama.training.interruption import StopRequest
@@ -31,6 +32,7 @@ from colossal_llama.training.model import (
     load_tokenizer,
     random_causal_lm,
 )
+from colossal_llama.training.modeling_files import ADAPTER_DIRECTORY
 from colossal_llama.training.neftune import EmbeddingNoise
 from colossal_llama.training.throughput import ThroughputMeter
 from colossal_llama.utils.console import log
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
     from colossal_llama.training.plan import TrainingPlan
+    from colossal_llama.training.state import TrainState
     from colossal_llama.training.strategy import Strategy
 
 BENCHMARK_WARMUP_STEPS = 3
@@ -65,9 +68,19 @@ _FREE_ARGUMENTS = {
     "trust_remote_code",
     "merge_lora",
     "deterministic",
+    "async_save",
 }
-# Keys of the layout are compared by the checkpoint itself.
+# Another layout is no error, and with it these may change too.
 _LAYOUT_ARGUMENTS = ("plugin", "tp", "pp", "sp", "sp_mode", "enable_sequence_parallelism", "zero_stage")
+_CHANGE_WITH_LAYOUT = (
+    *_LAYOUT_ARGUMENTS,
+    "batch_size",
+    "accumulation_steps",
+    "microbatch_size",
+    "zero_cpu_offload",
+    "use_grad_checkpoint",
+    "use_flash_attn",
+)
 
 
 def quieten_libraries() -> None:
@@ -169,6 +182,7 @@ def lock_save_dir(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> No
     if is_main_process() and not args.benchmark:
         try:
             cleanup.enter_context(locked_directory(args.save_dir, "a training run"))
+            remove_leftovers(args.save_dir)
         except UserError as error:
             problem[0] = f"--save_dir {error}"
         except OSError as error:
@@ -244,12 +258,13 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
     """
     saved = read_json(checkpoint / STATE_FILE)
     problems = []
+    free = _FREE_ARGUMENTS.union(_CHANGE_WITH_LAYOUT if changed_layout(saved, settings) else ())
     for key, value in settings["data"].items():
         if saved["data"].get(key) != value:
             problems.append(f"--dataset: {key} {saved['data'].get(key)} when saved, {value} now")
     for name, value in settings["arguments"].items():
         old = saved["arguments"].get(name)
-        if name not in _FREE_ARGUMENTS and name not in _LAYOUT_ARGUMENTS and old != value:
+        if name not in free and old != value:
             problems.append(f"--{name}: {old} when saved, {value} now")
     if problems:
         where = f"--load_checkpoint {checkpoint}: "
@@ -258,6 +273,20 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
             f"resume with what the run was started with, or start a new stage from {checkpoint / 'modeling'}"
         )
         raise UserError(problems)
+
+
+def continue_at_same_row(
+    checkpoint: Path, state: TrainState, plan: TrainingPlan, num_rows: int, num_epochs: int
+) -> None:
+    """Adapts the position when a step now has another number of rows than when it was saved."""
+    before = read_json(checkpoint / STATE_FILE)["rows_per_step"]
+    if before == plan.rows_per_step:
+        return
+    state.change_rows_per_step(plan.rows_per_step, num_rows, num_epochs, plan.total_steps)
+    log(
+        f"A step has {plan.rows_per_step} rows instead of {before}: "
+        f"{plan.total_steps - state.schedule_offset} steps in all; warm-up and learning rate follow the rows"
+    )
 
 
 def boost_model(

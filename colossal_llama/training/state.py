@@ -13,12 +13,17 @@ class TrainState:
     epoch: the epoch that the next step belongs to, from 0.
     position: rows of that epoch already used, over all ranks.
     tokens: seen so far by all ranks, padding not counted.
+    schedule_offset: what to add to `step` to get the step of the schedule; not zero once the number of rows
+        of a step has changed.
+    evaluation_due: an evaluation after `step` was cut short, or not begun, when the run was stopped.
     """
 
     step: int = 0
     epoch: int = 0
     position: int = 0
     tokens: int = 0
+    schedule_offset: int = 0
+    evaluation_due: bool = False
 
     def advance(self, rows: int, tokens: int, rows_per_epoch: int) -> bool:
         """Accounts for one step; returns whether it was the last of its epoch (a shorter tail is left
@@ -32,6 +37,25 @@ class TrainState:
         self.epoch += 1
         self.position = 0
         return True
+
+    def change_rows_per_step(
+        self, rows_per_step: int, rows_per_epoch: int, num_epochs: int, total_steps: int
+    ) -> None:
+        """Continues at the same row with steps of another size.
+
+        The schedule ends, as it would have, with the last row: steps done count for as much of it as their
+        rows do.
+
+        Args:
+            total_steps: of a whole run with steps of this size.
+        """
+        if self.position + rows_per_step > rows_per_epoch:
+            self.epoch, self.position = self.epoch + 1, 0
+        remaining = 0
+        if self.epoch < num_epochs:
+            remaining = (rows_per_epoch - self.position) // rows_per_step
+            remaining += (num_epochs - self.epoch - 1) * (rows_per_epoch // rows_per_step)
+        self.schedule_offset = total_steps - remaining - self.step
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,29 @@ INITIAL_LOSS_SCALE = 2.0**16
 Batch = dict[str, torch.Tensor]
 # Name of a part of a step -> the context that times it.
 Phase = Callable[[str], contextlib.AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class ShardPlace:
+    """What of the model and the optimizer this process holds.
+
+    Attributes:
+        replica, num_replicas: its place among the processes that compute with the same weights.
+        zero_rank: its slice of the optimizer's parameters; 0 where they are not sliced.
+        is_replica: another process holds the same optimizer state, and writes it.
+    """
+
+    tensor_rank: int
+    pipeline_rank: int
+    replica: int
+    num_replicas: int
+    zero_rank: int
+    is_replica: bool
+
+    @property
+    def file_name(self) -> str:
+        """File of the optimizer shard."""
+        return f"tp-{self.tensor_rank:03d}_pp-{self.pipeline_rank:03d}_zero-{self.zero_rank:04d}.safetensors"
 
 
 class Strategy:
@@ -384,6 +408,43 @@ class Strategy:
         stages = self.args.pp if self.is_pipeline else 1
         return losses / (dist.get_world_size() // self.dp_size // stages)
 
+    def shard_place(self) -> ShardPlace:
+        """Not for Gemini, which slices by rules of its own."""
+        args = self.args
+        tensor = pipeline = 0
+        group = None
+        if args.plugin == "3d":
+            mesh, group = self.plugin.pg_mesh, self.plugin.mixed_dp_group
+            tensor, pipeline = mesh.coordinate(self.plugin.tp_axis), mesh.coordinate(self.plugin.pp_axis)
+        replica, num_replicas = dist.get_rank(group), dist.get_world_size(group)
+        is_sliced = args.plugin.startswith("zero2") or (args.plugin == "3d" and args.zero_stage > 0)
+        return ShardPlace(
+            tensor,
+            pipeline,
+            replica,
+            num_replicas,
+            replica if is_sliced else 0,
+            not is_sliced and replica > 0,
+        )
+
+    def master_weights(self) -> dict[str, tuple[nn.Parameter, torch.Tensor]]:
+        """Parameter name -> (parameter of the model, what the optimizer updates: an fp32 master or a slice
+        of one).
+        """
+        optimizer, masters = self.optimizer, {}
+        for parameter, name in self.parameter_names.items():
+            if not parameter.requires_grad:
+                continue
+            if hasattr(optimizer, "working_to_master_param"):
+                master = optimizer.working_to_master_param.get(id(parameter))
+            elif hasattr(optimizer, "working_to_master_map"):
+                master = optimizer.working_to_master_map.get(parameter)
+            else:
+                master = parameter
+            if master is not None:
+                masters[name] = (parameter, master)
+        return masters
+
     def loss_scale_state(self) -> dict[str, float]:
         """The fp16 loss scaler's state, JSON-able; empty in other precisions."""
         if self.scaler is not None:
@@ -398,13 +459,16 @@ class Strategy:
         }
 
     def load_loss_scale_state(self, state: dict[str, float]) -> None:
+        if not state:
+            return
         if self.scaler is not None:
-            self.scaler.load_state_dict(state)
+            # Of another plugin's state only the scale is known; the counters start again.
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **state})
         elif self._loss_scaling is not None:
             scaler = self._loss_scaling.grad_scaler
             scaler._scale.fill_(state["scale"])
-            scaler._growth_step = int(state["growth_step"])
-            scaler._hysteresis_step = int(state["hysteresis_step"])
+            scaler._growth_step = int(state.get("growth_step", 0))
+            scaler._hysteresis_step = int(state.get("hysteresis_step", 0))
 
     def optimizer_step_count(self, steps: float, parameter: torch.Tensor) -> Any:
         """Adam's step counter in the form that the optimizer keeps: a tensor (torch) or a whole

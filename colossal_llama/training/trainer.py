@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from colossal_llama.dataset.loader import (
     StepSampler,
     make_loader,
 )
-from colossal_llama.training.checkpoint import CheckpointWriter
-from colossal_llama.training.interruption import StopRequest
+from colossal_llama.training.checkpoint import CheckpointWriter, SaveReport
+from colossal_llama.training.interruption import StopRequest, warn_of_launcher_limit
 from colossal_llama.training.loss import IGNORE_INDEX
 from colossal_llama.training.metrics import MetricsWriter
 from colossal_llama.training.model import looks_untrained
@@ -33,6 +33,22 @@ from colossal_llama.training.strategy import Strategy
 from colossal_llama.training.throughput import ThroughputMeter
 from colossal_llama.utils.console import log, progress_bar, warn
 from colossal_llama.utils.errors import UserError
+
+
+@dataclass
+class StepOutcome:
+    """Attributes:
+    record: the step's metrics.
+    epoch_ended: it was the last step of its epoch.
+    stop_requested: on some rank; all ranks agree.
+    save_is_written: every rank has written its share of the save in progress.
+    """
+
+    record: dict[str, Any]
+    epoch_ended: bool
+    stop_requested: bool
+    save_is_written: bool
+
 
 # A run goes on when a save fails (a full disk can be cleared), but not for ever.
 MAX_FAILED_SAVES = 3
@@ -67,11 +83,12 @@ class Trainer:
         self.schedule, self.state, self.writer, self.metrics = schedule, state, writer, metrics
         self.stop, self.meter = stop, meter
         self.plan = BatchPlan(args.batch_size, args.accumulation_steps, strategy.dp_size, strategy.dp_rank)
-        self.last_step = (
-            schedule.total_steps if args.max_steps < 0 else min(args.max_steps, schedule.total_steps)
-        )
+        total_steps = schedule.total_steps - state.schedule_offset
+        self.last_step = total_steps if args.max_steps < 0 else min(args.max_steps, total_steps)
         self.failed_saves = 0
+        # A checkpoint of this step exists or is being written.
         self.saved_step = state.step if state.step else -1
+        self.saves: list[SaveReport] = []
 
     def run(self) -> bool:
         """Trains; returns whether the run came to its end (False: it was asked to stop, and has saved)."""
@@ -79,16 +96,24 @@ class Trainer:
         batches = self.batches()
         bar = progress_bar(total=self.last_step, initial=state.step, desc="train", unit="step")
         stopped = False
+        if state.evaluation_due:
+            stopped = self._evaluate_again()
         while state.step < self.last_step and not stopped:
-            record, epoch_ended, stopped = self.step(batches)
+            outcome = self.step(batches)
+            record, stopped = outcome.record, outcome.stop_requested
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}", refresh=False)
-            if self._evaluation_is_due(epoch_ended):
-                record.update(self._evaluate())
+            state.evaluation_due = self._evaluation_is_due(outcome.epoch_ended)
+            if state.evaluation_due and not stopped:
+                stopped = self._evaluate(record)
             if self.metrics is not None:
                 self.metrics.write(record)
-            if self._save_is_due(epoch_ended) or stopped:
-                self._save()
+            if outcome.save_is_written:
+                self._finish_save()
+            if self._save_is_due(outcome.epoch_ended) or stopped:
+                self._save(is_last=stopped or state.step == self.last_step)
+        if self.writer is not None and self.writer.is_saving:
+            self._finish_save()
         bar.close()
         del batches  # ends the loader's processes
         return not stopped
@@ -105,10 +130,8 @@ class Trainer:
     def _phase(self, name: str) -> Any:
         return nullcontext() if self.meter is None else self.meter.phase(name)
 
-    def step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool, bool]:
-        """One optimizer step; returns its record, whether it ended an epoch, and whether a stop was
-        agreed on.
-        """
+    def step(self, batches: Iterator[dict[str, Any]]) -> StepOutcome:
+        """One optimizer step."""
         strategy, state = self.strategy, self.state
         started = time.perf_counter()
         with self._phase("data"):
@@ -121,10 +144,11 @@ class Trainer:
                     sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in collated),
                     sum(batch["num_tokens"] for batch in collated),
                     float(self.stop.requested),
+                    float(self.writer is not None and self.writer.is_written),
                 ],
                 dtype=torch.float64,
             )
-            num_labels, num_tokens, stop_requests = strategy.sum_counts(counts).tolist()
+            num_labels, num_tokens, stop_requests, written = strategy.sum_counts(counts).tolist()
             device_batches = [strategy.to_device(batch) for batch in collated]
         own_loss = strategy.run_passes(device_batches, int(num_labels), state.step, self._phase)
         with self._phase("sum of losses"):
@@ -141,7 +165,7 @@ class Trainer:
                 f"(ln of the vocabulary is {math.log(strategy.causal_lm.config.vocab_size):.3f}); "
                 f"are the weights of --pretrained {self.args.pretrained} the ones you meant?"
             )
-        learning_rate = self.schedule.at(state.step)
+        learning_rate = self.schedule.at(state.step + state.schedule_offset)
         with self._phase("optimizer"):
             grad_norm, skipped = strategy.optimizer_step(learning_rate)
         if not skipped and not math.isfinite(grad_norm):
@@ -169,12 +193,15 @@ class Trainer:
             log(
                 f"step {state.step}: fp16 gradients overflowed; the step was left out, the loss scale lowered"
             )
-        return record, epoch_ended, stop_requests > 0
+        save_is_written = round(written / strategy.dp_size * 1e6) == 1e6
+        return StepOutcome(record, epoch_ended, stop_requests > 0, save_is_written)
 
     def _stop_at_broken_loss(
         self, value: float, own_loss: torch.Tensor, collated: list[dict[str, Any]], what: str = "loss"
     ) -> None:
-        """Ends the run, naming step, rank and rows; nothing of this step is saved."""
+        """Ends the run, naming step, rank and rows; nothing of this step is saved. All ranks get here."""
+        if self.writer is not None and self.writer.is_saving:
+            self._finish_save()
         step = self.state.step + 1
         if not bool(torch.isfinite(own_loss)) or what != "loss":
             rows = [int(row) for batch in collated for row in batch["row_index"]]
@@ -201,12 +228,28 @@ class Trainer:
         interval = self.args.eval_interval
         return epoch_ended if interval == 0 else self.state.step % interval == 0
 
-    def _evaluate(self) -> dict[str, float]:
-        """Token-mean loss and perplexity over all evaluation sets together, and the loss of each."""
+    def _evaluate_again(self) -> bool:
+        """Makes up for the evaluation that the stop of the run has cut short; as `_evaluate`."""
+        results: dict[str, Any] = {"step": self.state.step}
+        stopped = self._evaluate(results)
+        if self.metrics is not None and not stopped:
+            self.metrics.complete_last(results)
+        return stopped
+
+    def _evaluate(self, record: dict[str, Any]) -> bool:
+        """Adds to the record: token-mean loss and perplexity over all evaluation sets together, and the loss
+        of each.
+
+        Returns:
+            Whether a stop was asked for: then nothing is added, and `state.evaluation_due` stays.
+        """
         totals = torch.zeros(2, dtype=torch.float64)
         results: dict[str, float] = {}
         for name, dataset in self.evaluation_sets.items():
             sums = self._evaluate_set(dataset)
+            if sums is None:
+                log(f"step {self.state.step}: the evaluation was cut short; the resumed run does it again")
+                return True
             totals += sums
             if len(self.evaluation_sets) > 1:
                 results[f"eval_loss/{name}"] = float(sums[0] / sums[1].clamp(min=1))
@@ -215,10 +258,12 @@ class Trainer:
         log(
             f"step {self.state.step}: evaluation loss {loss:.4f}, perplexity {results['eval_perplexity']:.2f}"
         )
-        return results
+        record.update(results)
+        self.state.evaluation_due = False
+        return False
 
-    def _evaluate_set(self, dataset: PreparedDataset) -> torch.Tensor:
-        """[summed loss, tokens with loss] over a data set and all ranks."""
+    def _evaluate_set(self, dataset: PreparedDataset) -> torch.Tensor | None:
+        """[summed loss, tokens with loss] over a data set and all ranks; None when a stop was asked for."""
         sampler = EvaluationSampler(len(dataset), self.plan)
         loader = make_loader(
             dataset, sampler, Collator(dataset, **self.collator_settings), 0, pin_memory=False
@@ -227,6 +272,9 @@ class Trainer:
         for batch in progress_bar(loader, total=len(sampler), desc="evaluate", leave=False):
             if batch["problem"]:
                 raise UserError(batch["problem"], this_rank_only=True)
+            stop = torch.tensor([float(self.stop.requested)], dtype=torch.float64)
+            if self.strategy.sum_counts(stop).item() > 0:
+                return None
             num_labels += int((batch["labels"] != IGNORE_INDEX).sum())
             loss_sum += self.strategy.evaluate_pass(self.strategy.to_device(batch)).double().cpu()
         return torch.cat([self.strategy.sum_losses(loss_sum), self.strategy.sum_counts(num_labels)]).cpu()
@@ -237,30 +285,47 @@ class Trainer:
         at_epoch = epoch_ended and not self.args.skip_save_each_epoch
         return at_interval or at_epoch or step == self.last_step
 
-    def _save(self) -> Path | None:
-        """Saves; a failure is reported loudly and the run goes on, unless several saves in a row failed."""
+    def _save(self, is_last: bool) -> None:
+        """Begins a save; the last one is waited for."""
         if self.writer is None or self.saved_step == self.state.step:
-            return None
+            return
+        if self.writer.is_saving:
+            self._finish_save()
         try:
-            path = self.writer.save(self.state)
+            self.writer.begin(self.state)
+            self.saved_step = self.state.step
         except OSError as error:
-            self.failed_saves += 1
-            warn(
-                f"{error}; earlier checkpoints are kept, training goes on "
-                f"({self.failed_saves} of {MAX_FAILED_SAVES} failures in a row)"
-            )
-            if (
-                self.failed_saves >= MAX_FAILED_SAVES
-                or self.state.step == self.last_step
-                or self.stop.requested
-            ):
-                raise UserError(
-                    f"{error}; free space on the disk of --save_dir and resume", exit_code=1
-                ) from None
-            return None
-        self.failed_saves, self.saved_step = 0, self.state.step
-        log(f"Saved {path}")
-        return path
+            self._report_failed_save(error, is_last)
+            return
+        if is_last or not self.writer.in_background:
+            self._finish_save(is_last)
+
+    def _finish_save(self, is_last: bool = False) -> None:
+        try:
+            report = self.writer.finish()
+        except OSError as error:
+            self._report_failed_save(error, is_last)
+            return
+        self.failed_saves = 0
+        self.saves.append(report)
+        log(str(report))
+        if len(self.saves) == 1 or report.seconds > 2 * self.saves[-2].seconds:
+            warn_of_launcher_limit(report.seconds)
+
+    def _report_failed_save(self, error: OSError, is_last: bool) -> None:
+        """A failure is reported loudly and the run goes on, unless several saves in a row failed."""
+        self.failed_saves += 1
+        if self.failed_saves >= MAX_FAILED_SAVES or is_last:
+            in_a_row = f", {self.failed_saves} times in a row" if self.failed_saves > 1 else ""
+            raise UserError(
+                f"{error}{in_a_row}. Earlier checkpoints are kept: free space on the disk of --save_dir, or "
+                "make it writable, and continue with --load_checkpoint latest",
+                exit_code=1,
+            ) from None
+        warn(
+            f"{error}; earlier checkpoints are kept, training goes on "
+            f"({self.failed_saves} of {MAX_FAILED_SAVES} failures in a row)"
+        )
 
 
 def _document_lengths(document_index: torch.Tensor) -> torch.Tensor:

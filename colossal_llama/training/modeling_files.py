@@ -1,0 +1,183 @@
+"""`modeling/` of a checkpoint: what `from_pretrained` reads, with the weights of the training model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from colossal_llama.model.weight_files import SAFETENSORS_INDEX, SAFETENSORS_SINGLE
+from colossal_llama.training.saving import FilePlan, Listing, list_files
+from colossal_llama.utils.files import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from colossal_llama.training.strategy import Strategy
+
+MODELING_DIRECTORY = "modeling"
+ADAPTER_DIRECTORY = "adapter"
+# Weight files are cut so that all processes that hold the same weights write a share, between these sizes.
+MAX_FILE_BYTES = 5 * 1024**3
+MIN_FILE_BYTES = 512 * 1024**2
+
+
+def add_modeling(
+    plan: FilePlan,
+    strategy: Strategy,
+    tokenizer: PreTrainedTokenizerBase,
+    is_main: bool,
+    subdirectory: str = "",
+) -> None:
+    """Adds a complete Hugging Face model directory; every rank must call it.
+
+    Args:
+        subdirectory: below the plan's directory; "" for that directory itself.
+    """
+    prefix = f"{subdirectory}/" if subdirectory else ""
+    is_adapter = False
+    if strategy.args.lora_rank:
+        is_adapter = not strategy.args.merge_lora
+        if is_main and is_adapter:
+            _add_adapter(plan, strategy, subdirectory)
+        elif is_main:
+            _add_merged(plan, strategy, prefix)
+    else:
+        _add_weights(plan, strategy, prefix)
+    if not is_main:
+        return
+    # Copies: training goes on with the originals.
+    config = copy.deepcopy(strategy.causal_lm.config)
+    config.torch_dtype = strategy.parameter_dtype
+    config.architectures = ["LlamaForCausalLM"]
+    config.use_cache = True
+    generation_config = strategy.causal_lm.generation_config
+
+    def write_small_files(directory: Path) -> None:
+        if not is_adapter:
+            config.save_pretrained(directory)
+            generation_config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    plan.add_library_files(subdirectory, write_small_files)
+
+
+def _add_adapter(plan: FilePlan, strategy: Strategy, subdirectory: str) -> None:
+    peft_model = strategy.peft_model
+    held = {name: plan.hold(tensor) for name, tensor in peft_model.state_dict().items() if "lora_" in name}
+    plan.add_library_files(subdirectory, lambda path: peft_model.save_pretrained(path, state_dict=held))
+
+
+def _add_merged(plan: FilePlan, strategy: Strategy, prefix: str) -> None:
+    """The model with the adapters added to its weights, and the adapters themselves beside it."""
+    from peft.tuners.lora import LoraLayer
+
+    merged = {}
+    for name, module in strategy.causal_lm.named_modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            delta = module.get_delta_weight("default")
+            merged[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
+    weights = {}
+    for name, tensor in strategy.causal_lm.state_dict().items():
+        if ".lora_" in name:
+            continue
+        name = name.replace(".base_layer", "")
+        if name == "lm_head.weight" and strategy.causal_lm.config.tie_word_embeddings:
+            continue
+        weights[name] = merged[name].cpu() if name in merged else plan.hold(tensor)
+    _add_weight_file(plan, f"{prefix}model-00001-00001.safetensors", weights)
+    if prefix:
+        _add_adapter(plan, strategy, ADAPTER_DIRECTORY)
+
+
+def _add_weights(plan: FilePlan, strategy: Strategy, prefix: str) -> None:
+    """Each pipeline stage's weights, shared out over the processes that hold the same ones.
+
+    Sharded tensors are gathered one at a time over the tensor-parallel group; rows that pad the vocabulary
+    are cut off. colossalai's own `save_model` fails on padded embeddings without tensor parallelism.
+    """
+    from colossalai.checkpoint_io.utils import gather_distributed_param
+
+    config, place = strategy.causal_lm.config, strategy.shard_place()
+    parameters = {
+        name: parameter
+        for name, parameter in strategy.causal_lm.named_parameters()
+        if not (config.tie_word_embeddings and name.startswith("lm_head"))
+    }
+    sizes = [parameter.nbytes for parameter in parameters.values()]
+    files = cut_into_files(sizes, place.num_replicas)
+    names = list(parameters)
+    for number, indexes in enumerate(files):
+        if number % place.num_replicas != place.replica:
+            continue
+        held = {}
+        for index in indexes:
+            name = names[index]
+            tensor = gather_distributed_param(parameters[name], keep_vars=False)
+            if place.tensor_rank:
+                continue
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                tensor = tensor[: config.vocab_size]
+            held[name] = plan.hold(tensor)
+        if place.tensor_rank == 0:
+            file = f"{prefix}model-{place.pipeline_rank + 1:05d}-{number + 1:05d}.safetensors"
+            _add_weight_file(plan, file, held)
+
+
+def _add_weight_file(plan: FilePlan, file: str, tensors: dict[str, torch.Tensor]) -> None:
+    plan.location.update({name: (Path(file).name, tensor.nbytes) for name, tensor in tensors.items()})
+    plan.add_tensors(file, tensors, {})
+
+
+def cut_into_files(sizes: Sequence[int], num_writers: int) -> list[list[int]]:
+    """Cuts consecutive tensors of `sizes` bytes into files, so that `num_writers` share the work."""
+    limit = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, sum(sizes) / num_writers))
+    files: list[list[int]] = []
+    room = 0.0
+    for index, size in enumerate(sizes):
+        if not files or size > room:
+            files.append([])
+            room = limit
+        files[-1].append(index)
+        room -= size
+    return files
+
+
+def name_weight_files(directory: Path, prefix: str, location: dict[str, tuple[str, int]]) -> Listing:
+    """Gives the weight files of all processes their usual names and writes the index over them.
+
+    Args:
+        directory: of the checkpoint; the weights are in `prefix` below it.
+        location: weight name -> (file, bytes).
+
+    Returns:
+        The index, where there is one. Files in a listing have to be renamed by `usual_weight_names`.
+    """
+    renamed = usual_weight_names(location)
+    for old, new in renamed.items():
+        (directory / prefix / old).rename(directory / prefix / new)
+    if len(renamed) < 2:
+        return {}
+    index = directory / prefix / SAFETENSORS_INDEX
+    write_json(
+        index,
+        {
+            "metadata": {"total_size": sum(size for _, size in location.values())},
+            "weight_map": {name: renamed[file] for name, (file, _) in sorted(location.items())},
+        },
+    )
+    return list_files(directory, [index])
+
+
+def usual_weight_names(location: dict[str, tuple[str, int]]) -> dict[str, str]:
+    """File name -> the name that transformers gives the n-th of so many weight files."""
+    files = sorted({file for file, _ in location.values()})
+    if len(files) == 1:
+        return {files[0]: SAFETENSORS_SINGLE}
+    return {
+        file: f"model-{number:05d}-of-{len(files):05d}.safetensors" for number, file in enumerate(files, 1)
+    }
