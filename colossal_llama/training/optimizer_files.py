@@ -52,12 +52,12 @@ def add_optimizer(plan: FilePlan, strategy: Strategy) -> None:
 
 
 def tensor_parallel_dim(parameter: torch.nn.Parameter) -> int | None:
-    """The dimension that is split over the tensor-parallel ranks; None for a parameter that all hold whole."""
+    """The dimension that is split over the tensor-parallel ranks; None when every rank holds the whole."""
     from colossalai.tensor.d_tensor.api import get_sharding_spec, is_distributed_tensor
 
     if not is_distributed_tensor(parameter):
         return None
-    return next(iter(get_sharding_spec(parameter).dim_partition_map), None)
+    return next(iter(get_sharding_spec(parameter).dim_partition_dict), None)
 
 
 def read_own_shard(directory: Path, strategy: Strategy) -> None:

@@ -6,12 +6,13 @@ durable and returns sizes and checksums. `BackgroundWrite` runs one in a thread 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,23 @@ class CheckedFile:
         for start in range(0, len(view), CHUNK_BYTES):
             block = view[start : start + CHUNK_BYTES]
             self.checksum = zlib.crc32(block, self.checksum)
-            while block:
-                block = block[self._file.write(block) :]
+            with self._named_errors():
+                while block:
+                    block = block[self._file.write(block) :]
         self.num_bytes += len(view)
 
     def __exit__(self, *exception: object) -> None:
-        with self._file:
+        with self._named_errors(), self._file:
             if exception[0] is None:
                 os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """A full disk shows in `write` and `fsync`, whose errors don't say which file it was."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> CheckedFile:

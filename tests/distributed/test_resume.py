@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from launch import Run, command, environment, train
+from launch import Run, start, train, workers_of
 
 FULL_STEPS = 9
 COMMON = [
@@ -109,74 +106,6 @@ def test_resume_is_exact(name, tmp_path, training_inputs):
 ZERO2 = ["--plugin", "zero2", "--mixed_precision", "bf16", *rows(4, 3)]
 
 
-def start(directory: Path, processes: int, *arguments: object) -> subprocess.Popen:
-    directory.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        command(directory, processes, [str(argument) for argument in arguments]),
-        env=environment(),
-        stdout=open(directory / "output.txt", "a"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def wait_for_steps(directory: Path, steps: int, process: subprocess.Popen, timeout: float = 120) -> None:
-    """Waits until metrics.jsonl holds `steps` records."""
-    path = directory / "logs" / "metrics.jsonl"
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if path.is_file() and len(path.read_text().splitlines()) >= steps:
-            return
-        assert process.poll() is None, (directory / "output.txt").read_text()[-3000:]
-        time.sleep(0.05)
-    raise AssertionError((directory / "output.txt").read_text()[-3000:])
-
-
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """The `train.py` processes that a launcher started."""
-    children = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # pid (name) state ppid …; the name may hold anything.
-            pid, rest = stat.read_text().split(" ", 1)
-            if int(rest.rpartition(")")[2].split()[1]) == process.pid:
-                children.append(int(pid))
-    return sorted(children)
-
-
-def test_sigterm_saves_and_exits_143(tmp_path, training_inputs):
-    """Any one rank gets the signal; all of them save, exit 143, and the run can be continued exactly."""
-    everything = [*few_rows(training_inputs), *COMMON, *ZERO2, "--save_interval", 0, "--num_epochs", 8]
-    whole = train(tmp_path / "whole", 2, *everything)
-    assert whole.returncode == 0, whole.output[-3000:]
-    process = start(tmp_path / "parts", 2, *everything)
-    wait_for_steps(tmp_path / "parts", 3, process)
-    os.kill(workers_of(process)[1], signal.SIGTERM)
-    process.wait(timeout=90)
-    output = (tmp_path / "parts" / "output.txt").read_text()
-    assert set(re.findall(r"exitcode\s*: (-?\d+)", output)) == {"143"}, output[-3000:]
-    assert "Stopped by" in output
-    resumed = train(tmp_path / "parts", 2, *everything, "--load_checkpoint", "latest")
-    assert resumed.returncode == 0, resumed.output[-3000:]
-    assert "Resumed from" in resumed.output
-    assert_same_run(resumed, whole)
-
-
-def test_workers_stop_when_their_launcher_is_killed(tmp_path, training_inputs):
-    everything = [*few_rows(training_inputs), *COMMON, *ZERO2, "--num_epochs", 500, "--save_interval", 0]
-    process = start(tmp_path, 2, *everything)
-    wait_for_steps(tmp_path, 2, process)
-    workers = workers_of(process)
-    assert len(workers) == 2
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in workers):
-        time.sleep(0.2)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    assert list((tmp_path / "checkpoints").glob("epoch-*/COMPLETE")), "they save before they go"
-
-
 def test_kill_minus_nine_at_random_moments(tmp_path, training_inputs, request):
     """Training processes are killed again and again; `latest` leads on, to the same final weights."""
     import random
@@ -244,15 +173,3 @@ def test_changed_data_arguments_or_layout_are_named(tmp_path, training_inputs):
     used = train(tmp_path, 2, *everything)
     assert used.returncode != 0
     assert "holds 1 checkpoints of an earlier run" in used.output
-
-
-def test_second_run_on_a_save_dir_is_refused(tmp_path, training_inputs):
-    everything = [*few_rows(training_inputs), *COMMON, *ZERO2, "--num_epochs", 500, "--save_interval", 0]
-    first = start(tmp_path, 1, *everything)
-    wait_for_steps(tmp_path, 1, first)
-    second = train(tmp_path, 1, *everything)
-    assert second.returncode != 0
-    assert "in use by process" in second.output
-    for pid in workers_of(first):
-        os.kill(pid, signal.SIGTERM)
-    first.wait(timeout=60)
