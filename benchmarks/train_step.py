@@ -107,7 +107,7 @@ def measure(args, model_dir: Path) -> None:
     ours_seconds, bare_seconds = [], []
     for step in range(num_steps):
         started = time.perf_counter()
-        record, _, _ = trainer.step(batches)
+        record = trainer.step(batches).record
         middle = time.perf_counter()
         bare_loss = bare_step()
         ended = time.perf_counter()

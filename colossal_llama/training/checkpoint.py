@@ -7,7 +7,7 @@
         rng/                 one file a rank: python, numpy, torch and CUDA generators
         lr_scheduler         the schedule, JSON
         running_states.json  position, data fingerprint, layout, arguments, versions
-        COMPLETE             written last: sizes and CRC-32 of all other files, JSON
+        COMPLETE             written last: sizes and XXH3 checksums of all other files, JSON
 
 A save copies what training is about to change, and writes the copy beside training under a hidden name. Once
 every process has written its share, the main one lists all files, and renames the directory.
@@ -45,7 +45,14 @@ from colossal_llama.training.optimizer_files import (
     read_other_layout,
     read_own_shard,
 )
-from colossal_llama.training.saving import BackgroundWrite, FilePlan, Listing, checksum_file, list_files
+from colossal_llama.training.saving import (
+    BackgroundWrite,
+    CopyBuffers,
+    FilePlan,
+    Listing,
+    checksum_file,
+    list_files,
+)
 from colossal_llama.training.schedule import LearningRateSchedule
 from colossal_llama.training.state import TrainState
 from colossal_llama.utils.console import log, warn
@@ -88,7 +95,7 @@ def remove_leftovers(save_dir: Path) -> None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files (missing, other size, other CRC-32), or None."""
+    """What is wrong with a checkpoint's files (missing, other size, other checksum), or None."""
     try:
         expected = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -102,7 +109,7 @@ def find_damage(checkpoint: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes instead of {size}"
         if checksum_file(path) != checksum:
-            return f"{path} has changed since it was written (CRC-32 differs)"
+            return f"{path} has changed since it was written (its checksum differs)"
     return None
 
 
@@ -204,6 +211,7 @@ class CheckpointWriter:
         self.is_main = dist.get_rank() == 0
         self.is_gemini = strategy.args.plugin in GEMINI_PLUGINS
         self.in_background = in_background and not self.is_gemini
+        self._buffers = CopyBuffers()
         self._pending: _Pending | None = None
 
     @property
@@ -233,7 +241,8 @@ class CheckpointWriter:
 
         self._together(make_directories, aside, main_only=True)
         in_background = self.in_background and self._copy_fits()
-        plan = FilePlan(aside, copies=in_background)
+        self._buffers.start()
+        plan = FilePlan(aside, self._buffers if in_background else None)
 
         def collect() -> None:
             if self.is_gemini:
@@ -324,13 +333,18 @@ class CheckpointWriter:
             self.tokenizer.save_pretrained(directory)
 
     def _copy_fits(self) -> bool:
-        """Whether all processes of all hosts have the memory for a copy of what they will write."""
+        """Whether all processes of all hosts have the memory for a copy of what they will write.
+
+        Asked until a first copy was made, whose memory is kept.
+        """
         import psutil
 
         needed = 2 * sum(
             master.nbytes + sum(t.nbytes for t in self._moments(master))
             for _, master in self.strategy.master_weights().values()
         )
+        if self._buffers.is_filled:
+            return True
         available = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         fits: list[bool] = [True] * dist.get_world_size()
         dist.all_gather_object(fits, needed < available * _COPY_SHARE)
@@ -386,7 +400,7 @@ class CheckpointWriter:
             if self.is_gemini:
                 self._write_gemini_model(aside)
                 return {}
-            plan = FilePlan(aside, copies=False)
+            plan = FilePlan(aside, None)
             add_modeling(plan, self.strategy, self.tokenizer, self.is_main)
             plan.run()
             return plan.location

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -173,14 +174,15 @@ def test_failures_in_a_row_end_the_run_and_keep_what_there_was(tmp_path, trainin
     process = start(run, 2, *everything)
     wait_until(lambda: list(saves.glob("epoch-*_step-2")), process, output)
     filler = small_disk / "filler"
-    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(10_000))
     process.wait(timeout=120)
     text = output.read_text()
     assert process.returncode != 0
     assert "3 times in a row" in text, text[-3000:]
-    assert "Traceback (most recent call last)" not in text.split("torch.distributed")[0]
+    # The launcher prints a traceback of its own.
+    assert 'train.py", line' not in text
     assert 1 <= len(list(saves.glob("epoch-*/COMPLETE"))) <= 3
     filler.unlink()
     resumed = train(run, 2, *everything, "--load_checkpoint", "latest", "--max_steps", 12)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from colossal_llama.training.modeling_files import cut_into_files, usual_weight_names
-from colossal_llama.training.saving import BackgroundWrite, FilePlan, write_safetensors
+from colossal_llama.training.saving import BackgroundWrite, CopyBuffers, FilePlan, write_safetensors
 
 
 def test_written_tensors_are_read_by_safetensors(tmp_path):
@@ -25,7 +25,7 @@ def test_written_tensors_are_read_by_safetensors(tmp_path):
     }
     file = write_safetensors(tmp_path / "x.safetensors", tensors, {"note": "a"})
     content = (tmp_path / "x.safetensors").read_bytes()
-    assert (file.num_bytes, file.checksum) == (len(content), zlib.crc32(content))
+    assert (file.num_bytes, file.checksum) == (len(content), xxhash.xxh3_64_hexdigest(content))
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -36,32 +36,35 @@ def test_written_tensors_are_read_by_safetensors(tmp_path):
 
 
 def test_a_copying_plan_writes_what_was_there_when_it_was_made(tmp_path):
-    tensor = torch.ones(1000)
-    plan = FilePlan(tmp_path, copies=True)
-    plan.add_tensors("x.safetensors", {"x": plan.hold(tensor)}, {})
-    tensor.zero_()
-    write = BackgroundWrite(plan, inline=False)
-    write.wait()
-    assert write.is_done
-    assert write.failure is None
-    assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], torch.ones(1000))
+    buffers = CopyBuffers()
+    for value, shape in ((1, (1000,)), (2, (1000,)), (3, (10, 10))):
+        tensor = torch.full(shape, float(value))
+        buffers.start()
+        plan = FilePlan(tmp_path, buffers)
+        plan.add_tensors("x.safetensors", {"x": plan.hold(tensor)}, {})
+        tensor.zero_()
+        write = BackgroundWrite(plan, inline=False)
+        write.wait()
+        assert write.is_done
+        assert write.failure is None
+        assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], torch.full(shape, float(value)))
     content = (tmp_path / "x.safetensors").read_bytes()
-    assert write.listing == {"x.safetensors": (len(content), zlib.crc32(content))}
+    assert write.listing == {"x.safetensors": (len(content), xxhash.xxh3_64_hexdigest(content))}
 
 
 def test_library_files_are_listed_and_others_are_not(tmp_path):
     (tmp_path / "modeling").mkdir()
     (tmp_path / "modeling" / "theirs").write_text("half writ")
-    plan = FilePlan(tmp_path, copies=True)
+    plan = FilePlan(tmp_path, CopyBuffers())
     plan.add_library_files("modeling", lambda directory: (directory / "config.json").write_text("{}"))
-    assert plan.run() == {"modeling/config.json": (2, zlib.crc32(b"{}"))}
+    assert plan.run() == {"modeling/config.json": (2, xxhash.xxh3_64_hexdigest(b"{}"))}
     assert sorted(path.name for path in (tmp_path / "modeling").iterdir()) == ["config.json", "theirs"]
     assert [path.name for path in tmp_path.iterdir()] == ["modeling"]
 
 
 @pytest.mark.parametrize("inline", [True, False])
 def test_a_failure_names_the_file(tmp_path, inline):
-    plan = FilePlan(tmp_path / "missing", copies=False)
+    plan = FilePlan(tmp_path / "missing", None)
     plan.add_bytes("x", b"abc")
     write = BackgroundWrite(plan, inline=inline)
     write.wait()
