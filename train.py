@@ -103,12 +103,14 @@ def train(args: argparse.Namespace, stop) -> int:
         if meter is not None:
             log(setup.report_benchmark(meter, strategy, inputs))
         elif completed:
-            final = writer.save_final_modeling()
+            final = setup.save_final_modeling(writer)
             if is_main:
                 metrics.close()
                 draw_curves(args.tensorboard_dir)
+            log(trainer.summary())
             log(f"Model: {final}")
         else:
+            log(trainer.summary())
             log(
                 f"Stopped by {stop.reason or 'another rank'} after step {state.step}; continue with "
                 "--load_checkpoint latest"

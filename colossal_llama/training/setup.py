@@ -42,6 +42,7 @@ from colossal_llama.utils.files import locked_directory, read_json, write_json
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+    from colossal_llama.training.checkpoint import CheckpointWriter
     from colossal_llama.training.plan import TrainingPlan
     from colossal_llama.training.state import TrainState
     from colossal_llama.training.strategy import Strategy
@@ -320,6 +321,16 @@ def boost_model(
         model = add_lora(causal_lm, args.lora_rank, adapter)
     noise = EmbeddingNoise(args.neft_alpha, args.seed) if args.use_neft else None
     strategy.boost(model, causal_lm, noise)
+
+
+def save_final_modeling(writer: CheckpointWriter) -> Path:
+    """`<save_dir>/modeling`; the last checkpoint has the same weights should this fail."""
+    try:
+        return writer.save_final_modeling()
+    except OSError as error:
+        last = list_checkpoints(writer.save_dir)[-1:]
+        where = f"; the same weights are in {last[0] / 'modeling'}" if last else ""
+        raise UserError(f"{error}{where}", exit_code=1) from None
 
 
 def describe_kernels(strategy: Strategy) -> str:

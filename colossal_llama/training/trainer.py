@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from colossal_llama.training.schedule import LearningRateSchedule
 from colossal_llama.training.state import TrainState
 from colossal_llama.training.strategy import Strategy
 from colossal_llama.training.throughput import ThroughputMeter
-from colossal_llama.utils.console import log, progress_bar, warn
+from colossal_llama.utils.console import format_table, log, progress_bar, warn
 from colossal_llama.utils.errors import UserError
 
 
@@ -89,6 +90,10 @@ class Trainer:
         # A checkpoint of this step exists or is being written.
         self.saved_step = state.step if state.step else -1
         self.saves: list[SaveReport] = []
+        self.start_state = replace(state)
+        self.first_record: dict[str, Any] | None = None
+        self.last_record: dict[str, Any] = {}
+        self.started = time.perf_counter()
 
     def run(self) -> bool:
         """Trains; returns whether the run came to its end (False: it was asked to stop, and has saved)."""
@@ -106,6 +111,7 @@ class Trainer:
             state.evaluation_due = self._evaluation_is_due(outcome.epoch_ended)
             if state.evaluation_due and not stopped:
                 stopped = self._evaluate(record)
+            self.first_record, self.last_record = self.first_record or record, record
             if self.metrics is not None:
                 self.metrics.write(record)
             if outcome.save_is_written:
@@ -117,6 +123,29 @@ class Trainer:
         bar.close()
         del batches  # ends the loader's processes
         return not stopped
+
+    def summary(self) -> str:
+        """A table of what this process's run did, for people."""
+        state, seconds = self.state, time.perf_counter() - self.started
+        steps, tokens = state.step - self.start_state.step, state.tokens - self.start_state.tokens
+        rows = [("steps", f"{state.step:,} of {self.schedule.total_steps - state.schedule_offset:,}")]
+        if self.start_state.step:
+            rows.append(("steps of this run", f"{steps:,}"))
+        rows += [
+            ("tokens", f"{state.tokens:,}"),
+            ("time", f"{timedelta(seconds=round(seconds))}"),
+            ("tokens/s", f"{tokens / max(seconds, 1e-9):,.0f}"),
+        ]
+        if self.first_record is not None:
+            rows.append(
+                ("loss, first to last", f"{self.first_record['loss']:.4f} to {self.last_record['loss']:.4f}")
+            )
+        if "eval_loss" in self.last_record:
+            rows.append(("evaluation loss", f"{self.last_record['eval_loss']:.4f}"))
+        if self.saves:
+            paused = sum(report.pause_seconds for report in self.saves)
+            rows.append(("checkpoints", f"{len(self.saves)}, training paused {paused:.1f} s for them"))
+        return format_table(("training", ""), rows)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Collated micro-batches of this rank, from the state's position to the end of the last epoch."""
