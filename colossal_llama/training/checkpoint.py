@@ -212,6 +212,7 @@ class CheckpointWriter:
         self.is_gemini = strategy.args.plugin in GEMINI_PLUGINS
         self.in_background = in_background and not self.is_gemini
         self._buffers = CopyBuffers()
+        self._has_copied = False
         self._pending: _Pending | None = None
 
     @property
@@ -343,7 +344,7 @@ class CheckpointWriter:
             master.nbytes + sum(t.nbytes for t in self._moments(master))
             for _, master in self.strategy.master_weights().values()
         )
-        if self._buffers.is_filled:
+        if self._has_copied:
             return True
         available = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         fits: list[bool] = [True] * dist.get_world_size()
@@ -354,6 +355,7 @@ class CheckpointWriter:
                 f"Checkpoints pause training while they are written: {available / 1e9:.1f} GB of memory a "
                 f"process are free, a copy takes up to {needed / 1e9:.1f} GB"
             )
+        self._has_copied = all(fits)
         return all(fits)
 
     def _moments(self, master: torch.Tensor) -> list[torch.Tensor]:

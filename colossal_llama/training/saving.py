@@ -95,10 +95,6 @@ class CopyBuffers:
         self._buffers: list[torch.Tensor] = []
         self._used = 0
 
-    @property
-    def is_filled(self) -> bool:
-        return bool(self._buffers)
-
     def start(self) -> None:
         """A new save: what the last one copied has been written."""
         self._used = 0

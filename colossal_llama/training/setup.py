@@ -89,7 +89,6 @@ def quieten_libraries() -> None:
     for message in (
         ".*tensornvme.*",
         ".*install apex from source.*",
-        ".*find_unused_parameters=True was specified.*",
         ".*torch.utils._pytree._register_pytree_node.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -109,7 +109,7 @@ class Strategy:
         args = self.args
         on_gpu = self.device.type == "cuda"
         if args.plugin == "ddp":
-            return plugins.TorchDDPPlugin(find_unused_parameters=self._keep_gradient_buckets())
+            return plugins.TorchDDPPlugin()
         if args.plugin in ("zero2", "zero2_cpu"):
             return plugins.LowLevelZeroPlugin(
                 stage=2,
@@ -149,7 +149,6 @@ class Strategy:
             num_microbatches=None,
             # Rows padded to the longest of a batch change shape from pass to pass.
             enable_metadata_cache=args.padding_mode == "max_length",
-            find_unused_parameters=self._keep_gradient_buckets(),
             initial_scale=INITIAL_LOSS_SCALE,
             max_norm=self.max_norm,
             cpu_offload=args.zero_cpu_offload,
@@ -160,15 +159,6 @@ class Strategy:
             # reads it.
             plugin.precision = "float32"
         return plugin
-
-    @staticmethod
-    def _keep_gradient_buckets() -> bool:
-        """DDP rebuilds its gradient buckets after the first step, unless it looks for unused parameters.
-
-        From three ranks on, other buckets mean sums in another order, so a resumed run would differ from the
-        one that was never stopped; two ranks add up to the same in either order, and are spared the work.
-        """
-        return dist.get_world_size() > 2
 
     def boost(self, model: nn.Module, causal_lm: nn.Module, noise: EmbeddingNoise | None) -> None:
         """Hands the model to the plugin and installs what makes all layouts compute the same.
@@ -212,6 +202,7 @@ class Strategy:
             check_weights_survived(model, sums, self.tensor_group, self.parameter_dtype)
         self._sum_sequence_partial_gradients()
         self._keep_loss_scale_through_step()
+        self._settle_gradient_buckets()
 
     def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         args = self.args
@@ -248,6 +239,26 @@ class Strategy:
                 parameter.partial_derived = False
                 if parameter.requires_grad:
                     parameter.register_hook(sum_over_tensor_group)
+
+    def _settle_gradient_buckets(self) -> None:
+        """Makes DDP arrange its gradient buckets now, by a pass whose gradients are thrown away.
+
+        It arranges them once after the first backward pass. From three ranks on, other buckets mean sums in
+        another order, so a resumed run would differ from the one that was never stopped.
+        """
+        wrapped = (m for m in self.model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
+        ddp = next(wrapped, None)
+        if ddp is None or ddp.process_group.size() < 3:
+            return
+        zeros = torch.zeros((1, 8 * self.length_multiple), dtype=torch.int64, device=self.device)
+        batch = dict.fromkeys(("input_ids", "position_ids", "labels", "attention_mask"), zeros)
+        noise, self.causal_lm.embedding_noise = self.causal_lm.embedding_noise, None
+        self.model.train()
+        # Dropout must not use up random numbers here.
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            self._train_pass(batch, 0.0, contextlib.nullcontext)
+        self.optimizer.optim.zero_grad(set_to_none=True)
+        self.causal_lm.embedding_noise = noise
 
     def _keep_loss_scale_through_step(self) -> None:
         """colossalai divides gradients by a loss scale that it may have raised since they were computed.
