@@ -19,7 +19,6 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -32,7 +31,12 @@ import torch
 import torch.distributed as dist
 
 from colossal_llama.training.arguments import GEMINI_PLUGINS
-from colossal_llama.training.model import is_weights_directory
+from colossal_llama.training.checkpoint_directories import (
+    COMPLETE_FILE,
+    STATE_FILE,
+    checkpoint_name,
+    list_checkpoints,
+)
 from colossal_llama.training.modeling_files import (
     MODELING_DIRECTORY,
     add_modeling,
@@ -50,12 +54,11 @@ from colossal_llama.training.saving import (
     CopyBuffers,
     FilePlan,
     Listing,
-    checksum_file,
     list_files,
 )
 from colossal_llama.training.schedule import LearningRateSchedule
 from colossal_llama.training.state import TrainState
-from colossal_llama.utils.console import log, warn
+from colossal_llama.utils.console import log
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json, sync_directory, write_json
 
@@ -64,95 +67,10 @@ if TYPE_CHECKING:
 
     from colossal_llama.training.strategy import Strategy
 
-COMPLETE_FILE = "COMPLETE"
-STATE_FILE = "running_states.json"
 SCHEDULE_FILE = "lr_scheduler"
-_NAME = re.compile(r"epoch-(\d+)_step-(\d+)$")
 _RNG_DIRECTORY = "rng"
 # Part of the memory that is free which a copy of the state may take.
 _COPY_SHARE = 0.7
-
-
-def checkpoint_name(state: TrainState) -> str:
-    return f"epoch-{state.epoch}_step-{state.step}"
-
-
-def list_checkpoints(save_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; what was never finished has no such name."""
-    if not save_dir.is_dir():
-        return []
-    found = [
-        path for path in save_dir.iterdir() if _NAME.match(path.name) and (path / COMPLETE_FILE).is_file()
-    ]
-    return sorted(found, key=lambda path: int(_NAME.match(path.name).group(2)))
-
-
-def remove_leftovers(save_dir: Path) -> None:
-    """Removes what saves and removals that were cut short have left; for the run that holds the lock."""
-    for pattern in (".*.unfinished", ".*.removed", ".*.old"):
-        for path in save_dir.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files (missing, other size, other checksum), or None."""
-    try:
-        expected = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return (
-            f"{checkpoint / COMPLETE_FILE} cannot be read: the checkpoint was never finished, or is damaged"
-        )
-    for name, (size, checksum) in expected.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} has {path.stat().st_size} bytes instead of {size}"
-        if checksum_file(path) != checksum:
-            return f"{path} has changed since it was written (its checksum differs)"
-    return None
-
-
-def resolve_checkpoint(load_checkpoint: str | None, save_dir: Path) -> tuple[Path | None, Path | None]:
-    """What `--load_checkpoint` means.
-
-    Returns:
-        (step directory to resume from, directory of weights alone that starts a new stage); at most one is
-        set.
-
-    Raises:
-        UserError: the directory is neither, or a checkpoint that was named is damaged.
-    """
-    if load_checkpoint is None:
-        return None, None
-    if load_checkpoint == "latest":
-        candidates = list_checkpoints(save_dir)
-        for checkpoint in reversed(candidates):
-            damage = find_damage(checkpoint)
-            if damage is None:
-                return checkpoint, None
-            warn(f"{damage}; falling back to the checkpoint before")
-        if candidates:
-            raise UserError(f"--load_checkpoint latest: every checkpoint in {save_dir} is damaged")
-        log(f"--load_checkpoint latest: nothing saved in {save_dir} yet, starting from the beginning")
-        return None, None
-    path = Path(load_checkpoint)
-    if (path / STATE_FILE).is_file():
-        if not (path / COMPLETE_FILE).is_file() and is_weights_directory(path / "modeling"):
-            raise UserError(
-                f"--load_checkpoint {path}: unfinished, or the original's, which lacks what an exact "
-                f"resume needs; give {path / 'modeling'} to start a new stage from its weights"
-            )
-        damage = find_damage(path)
-        if damage is not None:
-            raise UserError(f"--load_checkpoint {path}: {damage}; use another checkpoint")
-        return path, None
-    if is_weights_directory(path):
-        return None, path
-    raise UserError(
-        f"--load_checkpoint {path}: neither a checkpoint (no {STATE_FILE}) nor model weights "
-        "(no *.safetensors or *.bin)"
-    )
 
 
 @dataclass

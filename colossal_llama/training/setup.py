@@ -16,9 +16,10 @@ from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_directories
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.training.arguments import GEMINI_PLUGINS
-from colossal_llama.training.checkpoint import (
+from colossal_llama.training.checkpoint import changed_layout
+from colossal_llama.training.checkpoint_directories import (
     STATE_FILE,
-    changed_layout,
+    find_damage,
     list_checkpoints,
     remove_leftovers,
     resolve_checkpoint,
@@ -193,19 +194,36 @@ def lock_save_dir(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> No
 
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """`resolve_checkpoint` for all ranks: rank 0 reads the files and their checksums, the others are told."""
+    """`resolve_checkpoint` for all ranks: rank 0 decides, every rank reads a share of the files for it."""
     import torch.distributed as dist
 
-    answer: list[Any] = [None, None]
+    def find_damage_together(checkpoint: Path) -> str | None:
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, find_damage(checkpoint, dist.get_rank(), dist.get_world_size()))
+        return next((damage for damage in found if damage is not None), None)
+
+    def tell_all(message: Any) -> Any:
+        told = [message]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    answer: Any = None
     if is_main_process():
         try:
-            answer[0] = resolve_checkpoint(args.load_checkpoint, args.save_dir)
+            answer = resolve_checkpoint(
+                args.load_checkpoint,
+                args.save_dir,
+                lambda checkpoint: find_damage_together(tell_all(checkpoint)),
+            )
         except UserError as error:
-            answer[1] = error.problems
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise UserError(answer[1])
-    return answer[0]
+            answer = error
+        tell_all(answer)
+    else:
+        while isinstance(answer := tell_all(None), Path):
+            find_damage_together(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
 def refuse_used_save_dir(args: argparse.Namespace) -> None:
