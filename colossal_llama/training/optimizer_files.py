@@ -175,8 +175,5 @@ def cut_part(whole: torch.Tensor, shape: tuple[int, ...], dim: int | None, rank:
 
 def cut_slice(part: torch.Tensor, size: int, rank: int) -> torch.Tensor:
     """ZeRO rank `rank`'s slice of `size` values of a part; the last slices may run over its end (zeros)."""
-    flat = part.flatten()
-    if size == flat.numel():
-        return flat
-    piece = flat[rank * size : (rank + 1) * size]
+    piece = part.flatten()[rank * size : (rank + 1) * size]
     return torch.nn.functional.pad(piece, (0, size - piece.numel()))

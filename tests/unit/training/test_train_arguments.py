@@ -70,6 +70,7 @@ DEFAULTS = {
     "save_dir": Path("checkpoint_dir"),
     "save_interval": 1000,
     "save_total_limit": 0,
+    "async_save": True,
     "skip_save_each_epoch": False,
     "tensorboard_dir": Path("logs_dir"),
     "config_file": Path("config_file"),
