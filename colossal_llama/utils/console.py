@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama.utils.errors import is_main_process
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+# Of progress where stderr is no terminal.
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def log(message: str) -> None:
@@ -37,20 +43,99 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
-def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
-    """A tqdm bar on stderr; silent off the main rank; a line every ten seconds where stderr is no
-    terminal.
-    """
-    from tqdm import tqdm
+def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm | PlainProgress:
+    """A tqdm bar on stderr; lines of text where stderr is no terminal; silent off the main rank.
 
-    options.setdefault("disable", not is_main_process())
-    options.setdefault("dynamic_ncols", True)
-    if not sys.stderr.isatty():
-        options.setdefault("mininterval", 10.0)
-        options.setdefault("ascii", True)
-        options["dynamic_ncols"] = False
-        options.setdefault("ncols", 100)
-    return tqdm(iterable, **options)
+    Args:
+        options: tqdm's `total`, `desc`, `unit`, `unit_scale`, `initial` and `leave`.
+    """
+    if not is_main_process():
+        return PlainProgress(iterable, seconds_between_lines=math.inf)
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        return tqdm(iterable, **{"dynamic_ncols": True, **options})
+    return PlainProgress(iterable, **options)
+
+
+class PlainProgress:
+    """Progress for logs: `train: 120/400 steps (30 %), 2.0 steps/s, 2:20 left, loss=5.1`, a line at a time.
+
+    Work that is done before the first line is due leaves none.
+    """
+
+    def __init__(
+        self,
+        iterable: Iterable | None = None,
+        total: float | None = None,
+        desc: str = "",
+        unit: str = "it",
+        unit_scale: bool = False,
+        initial: float = 0,
+        leave: bool = True,
+        seconds_between_lines: float = SECONDS_BETWEEN_LINES,
+    ) -> None:
+        self.iterable, self.total, self.desc = iterable, total, desc
+        if total is None and isinstance(iterable, Sized):
+            self.total = len(iterable)
+        self.unit = unit if unit == "B" else unit.strip().removesuffix("s") + "s"
+        self.unit_scale, self.n, self.initial, self.leave = unit_scale, initial, initial, leave
+        self.seconds_between_lines, self.postfix = seconds_between_lines, ""
+        self.started = self.last_line = time.monotonic()
+        self.written_n: float | None = None
+
+    def update(self, n: float = 1) -> None:
+        self.n += n
+        now = time.monotonic()
+        if now - self.last_line >= self.seconds_between_lines:
+            self.last_line = now
+            self._write_line(now)
+
+    def set_postfix(self, refresh: bool = True, **facts: Any) -> None:
+        self.set_postfix_str(", ".join(f"{name}={value}" for name, value in facts.items()))
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self.postfix = text
+
+    def close(self) -> None:
+        if self.leave and self.written_n not in (None, self.n):
+            self._write_line(time.monotonic())
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable or ():
+            yield item
+            self.update()
+        self.close()
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write_line(self, now: float) -> None:
+        self.written_n = self.n
+        words = f"{self.desc}: {self._amount(self.n)}"
+        if self.total:
+            words += f"/{self._amount(self.total)} {self.unit} ({100 * self.n / self.total:.0f} %)"
+        else:
+            words += f" {self.unit}"
+        rate = (self.n - self.initial) / max(now - self.started, 1e-9)
+        if rate:
+            fast = rate >= 1 or self.unit_scale
+            words += f", {self._amount(rate)} {self.unit}/s" if fast else f", {1 / rate:.1f} s each"
+        if rate and self.total and self.n < self.total:
+            words += f", {timedelta(seconds=round((self.total - self.n) / rate))} left"
+        print(words + (f", {self.postfix}" if self.postfix else ""), file=sys.stderr, flush=True)
+
+    def _amount(self, number: float) -> str:
+        if not self.unit_scale:
+            return f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
+        for prefix in ("", "k", "M", "G"):
+            if number < 1000:
+                return f"{number:.3g}{prefix}"
+            number /= 1000
+        return f"{number:,.1f}T"
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
