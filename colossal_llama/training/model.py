@@ -98,25 +98,30 @@ def freeze_all_but_embeddings(model: LlamaForCausalLM) -> None:
     model.get_output_embeddings().requires_grad_(True)
 
 
-def add_lora(model: LlamaForCausalLM, rank: int, adapter: Path | None) -> nn.Module:
+def add_lora(model: LlamaForCausalLM, rank: int, adapter: Path | None, seed: int) -> nn.Module:
     """Wraps the model with LoRA on all attention and MLP projections: new adapters, or saved ones
     from `adapter`.
+
+    Args:
+        seed: of the new adapters, the same on every rank: each plugin takes its own rank's for granted.
     """
     from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
     if adapter is not None:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=rank,
-            lora_alpha=LORA_ALPHA,
-            lora_dropout=LORA_DROPOUT,
-            target_modules=LORA_TARGETS,
-        ),
-        autocast_adapter_dtype=False,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: ranks keep dropout masks of their own
+        return get_peft_model(
+            model,
+            LoraConfig(
+                task_type=TaskType.CAUSAL_LM,
+                r=rank,
+                lora_alpha=LORA_ALPHA,
+                lora_dropout=LORA_DROPOUT,
+                target_modules=LORA_TARGETS,
+            ),
+            autocast_adapter_dtype=False,
+        )
 
 
 def causal_lm_forward(

@@ -335,7 +335,7 @@ def boost_model(
         if checkpoint is not None:
             merged = (checkpoint / ADAPTER_DIRECTORY).is_dir()
             adapter = checkpoint / (ADAPTER_DIRECTORY if merged else "modeling")
-        model = add_lora(causal_lm, args.lora_rank, adapter)
+        model = add_lora(causal_lm, args.lora_rank, adapter, args.seed)
     noise = EmbeddingNoise(args.neft_alpha, args.seed) if args.use_neft else None
     strategy.boost(model, causal_lm, noise)
 

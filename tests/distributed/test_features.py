@@ -58,6 +58,21 @@ def test_lora_is_saved_as_an_adapter_or_merged(tmp_path, training_inputs):
     assert all("proj" in name for name in changed)
 
 
+def test_lora_starts_from_the_same_adapters_on_every_rank(tmp_path, training_inputs):
+    """B is zero at first, so the gradient of A is too: after one step without decay A is as it was drawn."""
+    from safetensors.torch import load_file
+
+    flags = [*training_inputs.flags(), *SHORT, *DDP, "--lora_rank", 4, "--max_steps", 1, "--weight_decay", 0]
+    runs = [train(tmp_path / str(num_processes), num_processes, *flags) for num_processes in (1, 2)]
+    drawn = []
+    for run in runs:
+        assert run.returncode == 0, run.output[-2000:]
+        adapter = load_file(run.save_dir / "modeling" / "adapter_model.safetensors")
+        drawn.append({name: tensor for name, tensor in adapter.items() if "lora_A" in name})
+    assert drawn[0]
+    assert all(torch.equal(tensor, drawn[1][name]) for name, tensor in drawn[0].items())
+
+
 def test_tied_embeddings_train_the_same_in_every_layout(tmp_path, training_inputs):
     """LLaMA-3.2 shares input and output embeddings; under pipelines they live on two stages."""
     import shutil
