@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+from pathlib import Path
 
 from colossal_llama.training.arguments import build_parser
 from colossal_llama.utils.errors import UserError, run_command
@@ -40,8 +40,9 @@ def train(args: argparse.Namespace, stop) -> int:
 
     from colossal_llama.training import setup
     from colossal_llama.training.checkpoint import CheckpointWriter
+    from colossal_llama.training.curves import draw_curves
     from colossal_llama.training.interruption import STOPPED_EXIT_CODE
-    from colossal_llama.training.metrics import MetricsWriter, draw_curves
+    from colossal_llama.training.metrics import MetricsWriter
     from colossal_llama.training.plan import check_layout, global_batch_line, make_plan
     from colossal_llama.training.state import TrainState
     from colossal_llama.training.strategy import Strategy
@@ -82,8 +83,8 @@ def train(args: argparse.Namespace, stop) -> int:
         metrics = None
         if is_main and not args.benchmark:
             setup.write_configuration(args, settings)
-            description = "    " + json.dumps(settings, indent=2).replace("\n", "\n    ")
-            metrics = MetricsWriter(args.tensorboard_dir, state.step, description)
+            weights = stage_weights or Path(args.pretrained)
+            metrics = MetricsWriter(args.tensorboard_dir, state.step, settings, weights)
             cleanup.callback(metrics.close)
         meter = setup.make_meter(args)
         trainer = Trainer(

@@ -1,18 +1,19 @@
-"""What a run leaves for people to look at: metrics.jsonl, TensorBoard scalars, and a picture of the
-curves.
-"""
+"""What a run leaves to be read: metrics.jsonl, TensorBoard, and the metrics of the stages before it."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from colossal_llama.utils.console import warn
+from colossal_llama.training.checkpoint import STATE_FILE, list_checkpoints
+from colossal_llama.utils.files import read_json, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
+EARLIER_STAGES_FILE = "earlier_stages.jsonl"
 CURVES_FILE = "training_curves.png"
 # Scalar of metrics.jsonl -> tag in TensorBoard; the ones by tokens use the token count as the step axis.
 _TAGS = {
@@ -20,17 +21,27 @@ _TAGS = {
     "lr": "train/learning_rate",
     "grad_norm": "train/grad_norm",
     "loss_scale": "train/loss_scale",
+    "tokens": "train/tokens",
+    "epoch": "train/epoch",
     "tokens_per_second": "throughput/tokens_per_second",
     "step_seconds": "throughput/step_seconds",
     "eval_loss": "eval/loss",
     "eval_perplexity": "eval/perplexity",
 }
-_BY_TOKENS = {"loss": "train/loss_by_tokens", "eval_loss": "eval/loss_by_tokens"}
+_BY_TOKENS = {
+    "loss": "train/loss_by_tokens",
+    "lr": "train/learning_rate_by_tokens",
+    "eval_loss": "eval/loss_by_tokens",
+}
+# Loss of one evaluation set among several: eval_loss/<its path> -> eval/loss/<its path>.
+_ONE_SET = "eval_loss/"
 
 
-def read_metrics(directory: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
+def read_metrics(
+    directory: Path, up_to_step: int | None = None, file_name: str = METRICS_FILE
+) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl`, up to a step; a last line that was cut off by a kill is left out."""
-    path = directory / METRICS_FILE
+    path = directory / file_name
     records: list[dict[str, Any]] = []
     if not path.is_file():
         return records
@@ -44,42 +55,116 @@ def read_metrics(directory: Path, up_to_step: int | None = None) -> list[dict[st
     return records
 
 
+def read_earlier_stages(weights: Path) -> list[list[dict[str, Any]]]:
+    """The metrics of the run that left these weights, and of the stages before it, oldest first.
+
+    Args:
+        weights: a `modeling/` directory of a checkpoint or of `save_dir`. The checkpoint's record of its
+            run says where the metrics are.
+
+    Returns:
+        A list of records for each stage; empty for weights from elsewhere, or when the metrics are gone.
+    """
+    # Beside a `modeling/` directory: its checkpoint's own state, or in `save_dir` the newest checkpoint's.
+    checkpoints = [weights.parent, *reversed(list_checkpoints(weights.parent))]
+    states = [path / STATE_FILE for path in checkpoints if (path / STATE_FILE).is_file()]
+    saved = read_json(states[0]) if states else {}
+    if "state" not in saved:
+        return []  # weights from elsewhere, or a checkpoint of the original suite
+    last, directory = saved["state"], Path(saved["arguments"]["tensorboard_dir"])
+    for candidate in (directory, *directory.glob("previous-*")):  # a later run may have moved them
+        records = read_metrics(candidate, last["step"])
+        if records and (records[-1]["step"], records[-1]["tokens"]) == (last["step"], last["tokens"]):
+            return [*_split_stages(candidate), records]
+    return []
+
+
+def _split_stages(directory: Path) -> list[list[dict[str, Any]]]:
+    stages: dict[int, list[dict[str, Any]]] = {}
+    for record in read_metrics(directory, file_name=EARLIER_STAGES_FILE):
+        stages.setdefault(record["stage"], []).append(record)
+    return [stages[number] for number in sorted(stages)]
+
+
+def read_all_stages(directory: Path) -> list[list[dict[str, Any]]]:
+    """The records of every stage, the run's own last."""
+    return [*_split_stages(directory), read_metrics(directory)]
+
+
+def describe_settings(settings: Mapping[str, Any]) -> str:
+    """Markdown tables of a run's settings, one for each group: `{"arguments": {"lr": 1e-3}, ...}`."""
+    groups = {name: value for name, value in settings.items() if isinstance(value, Mapping)}
+    rest = {name: value for name, value in settings.items() if name not in groups}
+    if rest:
+        groups["run"] = rest
+    parts = []
+    for name, group in groups.items():
+        rows = [f"| {key} | {_as_cell(value)} |" for key, value in group.items()]
+        parts.append("\n".join([f"### {name}", "", "| name | value |", "| --- | --- |", *rows]))
+    return "\n\n".join(parts)
+
+
+def _as_cell(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`" if text else ""
+
+
 class MetricsWriter:
     """Writes the metrics of a run; made on rank 0 only.
 
     Args:
         start_step: step that the run continues from. At 0 what an earlier run left is moved to `previous-N`;
             otherwise metrics and TensorBoard are cut back to that step.
-        description: text of the run's arguments, shown in TensorBoard.
+        settings: the run's arguments, layout, data and versions, shown as text in TensorBoard.
+        weights: directory that the run's weights came from. If an earlier run left them, its metrics are kept
+            beside the new ones, for the picture of the stages.
     """
 
-    def __init__(self, directory: Path, start_step: int, description: str) -> None:
+    def __init__(
+        self, directory: Path, start_step: int, settings: Mapping[str, Any], weights: Path | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(directory, start_step) if start_step else []
+        # Read before anything moves: a stage may use the directory of the one before.
+        earlier = read_earlier_stages(weights) if weights is not None and start_step == 0 else []
         old_events = sorted(directory.glob("events.out.tfevents.*"))
         if start_step == 0 and ((directory / METRICS_FILE).exists() or old_events):
             _move_aside(directory, old_events)
         else:
             for path in old_events:
                 path.unlink()
+        if earlier:
+            _write_earlier_stages(directory, earlier)
         self._file = open(directory / METRICS_FILE, "w", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(directory))
-        self._board.add_text("arguments", description, 0)
+        self._board.add_text("arguments", describe_settings(settings), 0)
         for record in kept:
             self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one object for an optimizer step; `step` and `tokens` are compulsory."""
+        """Appends one object for an optimizer step; `step` and `tokens` are compulsory.
+
+        A value that is not finite (the gradient norm of an fp16 step that overflowed) is null: JSON has no
+        word for it.
+        """
+        record = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self._add_scalars(record)
 
     def _add_scalars(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
-            tag = _TAGS.get(name) or (f"eval/{name}" if name.startswith("eval_loss/") else None)
+            if value is None:
+                continue
+            tag = _TAGS.get(name)
+            if name.startswith(_ONE_SET):
+                tag = f"eval/loss/{name.removeprefix(_ONE_SET).strip('/')}"
             if tag is not None:
                 self._board.add_scalar(tag, value, record["step"])
             if name in _BY_TOKENS:
@@ -102,72 +187,22 @@ class MetricsWriter:
         self._board.close()
 
 
+def _write_earlier_stages(directory: Path, stages: list[list[dict[str, Any]]]) -> None:
+    """A copy, not a reference: directories of earlier runs are moved and reused."""
+    lines = [
+        json.dumps({**record, "stage": number}) + "\n"
+        for number, records in enumerate(stages, start=1)
+        for record in records
+    ]
+    write_text_atomically(directory / EARLIER_STAGES_FILE, "".join(lines))
+
+
 def _move_aside(directory: Path, events: Iterable[Path]) -> None:
     number = 1
     while (directory / f"previous-{number}").exists():
         number += 1
     aside = directory / f"previous-{number}"
     aside.mkdir()
-    for path in [*events, directory / METRICS_FILE, directory / CURVES_FILE]:
+    for path in [*events, *(directory / name for name in (METRICS_FILE, EARLIER_STAGES_FILE, CURVES_FILE))]:
         if path.exists():
             shutil.move(str(path), aside / path.name)
-
-
-def draw_curves(directory: Path) -> Path | None:
-    """Draws loss by step and by tokens, raw and smoothed, with evaluations and the learning rate."""
-    records = read_metrics(directory)
-    trained = [record for record in records if "loss" in record]
-    if not trained:
-        return None
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        warn(f"no {CURVES_FILE}: {error}")
-        return None
-    losses = [record["loss"] for record in trained]
-    smoothed = _exponential_mean(losses, window=max(1, len(losses) // 50))
-    evaluated = [record for record in records if "eval_loss" in record]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
-    for axis, key, label in ((axes[0], "step", "optimizer step"), (axes[1], "tokens", "tokens seen")):
-        positions = [record[key] for record in trained]
-        axis.plot(positions, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss")
-        axis.plot(positions, smoothed, color="tab:blue", linewidth=1.6, label="smoothed")
-        if evaluated:
-            axis.plot(
-                [record[key] for record in evaluated],
-                [record["eval_loss"] for record in evaluated],
-                "o-",
-                color="tab:orange",
-                markersize=4,
-                label="evaluation",
-            )
-        axis.set_xlabel(label)
-        axis.set_ylabel("loss (nats per token)")
-        axis.set_title(f"Loss by {label}")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[2].plot(
-        [record["step"] for record in trained], [record["lr"] for record in trained], color="tab:green"
-    )
-    axes[2].set_xlabel("optimizer step")
-    axes[2].set_title("Learning rate")
-    axes[2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axes[2].grid(alpha=0.3)
-    path = directory / CURVES_FILE
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
-def _exponential_mean(values: list[float], window: int) -> list[float]:
-    """Bias-corrected exponential moving average with decay 1 - 1 / window."""
-    decay = 1 - 1 / window
-    mean, weight, means = 0.0, 0.0, []
-    for value in values:
-        mean = decay * mean + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        means.append(mean / weight)
-    return means
