@@ -1,0 +1,114 @@
+"""lm-evaluation-harness on a checkpoint of `train.py`, against first-token logits by `transformers` alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import sample_texts
+from launch import train
+from support import ROOT, load_script
+from training_inputs import prepare
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TASK = ROOT / "examples" / "evaluation" / "local_multiple_choice.yaml"
+LETTERS = "ABCD"
+
+
+def read_questions(name: str) -> list[dict[str, str]]:
+    lines = (TASK.parent / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def render(question: dict[str, str]) -> str:
+    choices = "".join(f"\n{letter}. {question[letter]}" for letter in LETTERS)
+    return f"{question['question']}{choices}\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`modeling/` of a run that learned the answers to every other question."""
+    directory = tmp_path_factory.mktemp("evaluated")
+    texts = [f"{render(question)} {question['answer']}" for question in read_questions("questions.jsonl")]
+    maker = load_script(ROOT / "examples" / "make_base_model.py")
+    letters = [f"Answer: {letter}" for letter in LETTERS]
+    maker.make_tokenizer(sample_texts(200, seed=1) + texts + 50 * letters, directory / "model", 700)
+    maker.make_model(
+        directory / "model", 700, hidden_size=64, num_layers=2, num_heads=4, max_positions=2048, seed=0
+    )
+    (directory / "raw").mkdir()
+    with open(directory / "raw" / "answers.jsonl", "w", encoding="utf-8") as file:
+        for text in 16 * texts[::2]:
+            record = {"source": text[:-2], "target": text[-2:], "category": "unknown"}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    data = prepare(directory / "raw", directory / "model", directory / "data", 1, "--max_length", "512")
+    run = train(
+        directory / "run",
+        1,
+        *("--pretrained", directory / "model", "--dataset", data, "--max_length", 512),
+        *("--plugin", "ddp", "--mixed_precision", "fp32", "--lr", 5e-3, "--num_epochs", 5),
+        *("--batch_size", 2, "--accumulation_steps", 1, "--save_interval", 0),
+    )
+    assert run.returncode == 0, run.output[-3000:]
+    return run.save_dir / "modeling"
+
+
+def score(model: torch.nn.Module, tokenizer, prompt: str) -> list[float]:
+    """Log-probabilities of the four letters as the token after a prompt."""
+    ids = tokenizer(prompt)["input_ids"]
+    letter_ids = []
+    for letter in LETTERS:
+        with_letter = tokenizer(f"{prompt} {letter}")["input_ids"]
+        assert with_letter[:-1] == ids, "a letter is one token: its logit is all there is to it"
+        letter_ids.append(with_letter[-1])
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    return torch.log_softmax(logits.float(), -1)[letter_ids].tolist()
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 5])
+def test_harness_scores_first_token_logits(num_fewshot: int, checkpoint: Path, tmp_path: Path) -> None:
+    """Every log-likelihood and the accuracy, zero-shot and 5-shot."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "run", "--model", "hf"),
+            *("--model_args", f"pretrained={checkpoint},dtype=float32", "--device", "cpu"),
+            *("--tasks", "local_multiple_choice", "--include_path", str(TASK.parent)),
+            *("--num_fewshot", str(num_fewshot), "--batch_size", "4"),
+            *("--output_path", str(tmp_path / "results"), "--log_samples"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (results_file,) = tmp_path.glob("results/*/results_*.json")
+    (samples_file,) = tmp_path.glob("results/*/samples_*.jsonl")
+    results = json.loads(results_file.read_text(encoding="utf-8"))
+    samples = [json.loads(line) for line in samples_file.read_text(encoding="utf-8").splitlines()]
+    samples.sort(key=lambda sample: sample["doc_id"])
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    shots = [f"{render(shot)} {shot['answer']}\n\n" for shot in read_questions("fewshot.jsonl")[:num_fewshot]]
+    questions, answers = read_questions("questions.jsonl"), []
+    assert len(samples) == len(questions)
+    for question, sample in zip(questions, samples, strict=True):
+        expected = score(model, tokenizer, "".join(shots) + render(question))
+        found = [float(response[0][0]) for response in sample["resps"]]
+        assert found == pytest.approx(expected, abs=1e-4)
+        answers.append(LETTERS[expected.index(max(expected))])
+    correct = [answer == question["answer"] for answer, question in zip(answers, questions, strict=True)]
+    accuracy = sum(correct) / len(correct)
+    assert results["results"]["local_multiple_choice"]["acc,none"] == pytest.approx(accuracy)
+    if num_fewshot == 0:  # as it was trained: a model with one answer for everything would show little
+        assert len(set(answers)) > 1
+        assert 0.5 <= accuracy < 1
