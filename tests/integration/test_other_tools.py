@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a checkpoint of `train.py`, against first-token logits by `transformers` alone."""
+"""What `train.py` leaves, in others' tools: lm-evaluation-harness, transformers, safetensors, peft, gguf."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from corpus import sample_texts
+from gguf.vocab import SentencePieceVocab, SpecialVocab
 from launch import train
+from peft import AutoPeftModelForCausalLM
+from safetensors import safe_open
+from safetensors.torch import load_file
 from support import ROOT, load_script
 from training_inputs import prepare
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from colossal_llama.inference.loading import load_model
 
 TASK = ROOT / "examples" / "evaluation" / "local_multiple_choice.yaml"
 LETTERS = "ABCD"
@@ -28,6 +35,9 @@ def read_questions(name: str) -> list[dict[str, str]]:
 def render(question: dict[str, str]) -> str:
     choices = "".join(f"\n{letter}. {question[letter]}" for letter in LETTERS)
     return f"{question['question']}{choices}\nAnswer:"
+
+
+FLAGS = ["--plugin", "ddp", "--mixed_precision", "fp32", "--batch_size", 2, "--accumulation_steps", 1]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +61,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory / "run",
         1,
         *("--pretrained", directory / "model", "--dataset", data, "--max_length", 512),
-        *("--plugin", "ddp", "--mixed_precision", "fp32", "--lr", 5e-3, "--num_epochs", 5),
-        *("--batch_size", 2, "--accumulation_steps", 1, "--save_interval", 0),
+        *(*FLAGS, "--lr", 5e-3, "--num_epochs", 5, "--save_interval", 0),
+    )
+    assert run.returncode == 0, run.output[-3000:]
+    return run.save_dir / "modeling"
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`modeling/` of a short LoRA run on top of the checkpoint."""
+    directory = tmp_path_factory.mktemp("adapter")
+    data = checkpoint.parents[2] / "data" / "arrow"
+    run = train(
+        directory,
+        1,
+        *("--pretrained", checkpoint, "--dataset", data, "--max_length", 512, *FLAGS),
+        *("--lora_rank", 4, "--lr", 1e-2, "--max_steps", 4, "--save_interval", 0),
     )
     assert run.returncode == 0, run.output[-3000:]
     return run.save_dir / "modeling"
@@ -112,3 +136,56 @@ def test_harness_scores_first_token_logits(num_fewshot: int, checkpoint: Path, t
     if num_fewshot == 0:  # as it was trained: a model with one answer for everything would show little
         assert len(set(answers)) > 1
         assert 0.5 <= accuracy < 1
+
+
+def test_transformers_and_safetensors_find_everything(checkpoint: Path) -> None:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        checkpoint, torch_dtype="auto", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    tensors = load_file(checkpoint / "model.safetensors")
+    state = model.state_dict()
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tensors.items())
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    config, generation = model.config, model.generation_config
+    assert config.architectures == ["LlamaForCausalLM"]
+    assert (
+        (generation.bos_token_id, generation.eos_token_id)
+        == (config.bos_token_id, config.eos_token_id)
+        == (1, 2)
+    )
+
+
+def test_peft_loads_the_adapter(adapter: Path, checkpoint: Path) -> None:
+    """By its own record of the base model; and merged, which is what `inference_example.py` does."""
+    ids = torch.tensor([[1, 400, 401, 402]])
+    adapted = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    assert adapted.peft_config["default"].base_model_name_or_path == str(checkpoint)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(checkpoint).eval()(ids).logits
+        expected = adapted(ids).logits
+        merged = load_model(str(adapter), None, "cpu", "fp32", trust_remote_code=False).model(ids).logits
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gguf_knows_every_tensor_and_token(checkpoint: Path) -> None:
+    """llama.cpp's converter asks this package for the names of tensors and for the vocabulary."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    unknown = [
+        name
+        for name in load_file(checkpoint / "model.safetensors")
+        if names.get_name(name, try_suffixes=(".weight",)) is None
+    ]
+    assert not unknown
+    vocabulary = SentencePieceVocab(checkpoint)
+    assert vocabulary.vocab_size == config.vocab_size
+    pieces = [text.decode() for text, _, _ in vocabulary.all_tokens()]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert pieces == tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+    special = SpecialVocab(checkpoint, n_vocab=config.vocab_size)
+    assert {"bos": 1, "eos": 2}.items() <= special.special_token_ids.items()
+    assert special.add_special_token["bos"] is True
