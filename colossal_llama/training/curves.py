@@ -102,6 +102,10 @@ def draw_curves(directory: Path) -> Path | None:
         _draw_losses(axes[1], curves, TOKEN_AXIS, f"Loss by tokens{title}")
         _draw_learning_rate(axes[2], curves, f"Learning rate{title}")
     figure.suptitle(_headline(rows[0][1][0]), fontsize=11)
+    # Beside the panels: inside, it would hide a part of some curve. Each label once, however many stages.
+    handles, labels = figure.axes[-3].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False)
     path = directory / CURVES_FILE
     figure.savefig(path, dpi=110)
     return path
@@ -133,9 +137,6 @@ def _draw_losses(axis: Axes, curves: list[Curve], unit: str, title: str) -> None
             )
     axis.set_ylabel("loss, nats per token")
     _finish(axis, curves, unit, title)
-    handles, labels = axis.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))  # each label once, however many stages
-    axis.legend(named.values(), named.keys(), loc="upper right")
 
 
 def _draw_learning_rate(axis: Axes, curves: list[Curve], title: str) -> None:
@@ -156,19 +157,20 @@ def _finish(axis: Axes, curves: list[Curve], unit: str, title: str) -> None:
         axis.axvline(border, color="0.4", linestyle="--", linewidth=1)
         place = {"xycoords": ("data", "axes fraction"), "xytext": (4, 0), "textcoords": "offset points"}
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-        axis.annotate(f"stage {number}", (border, 0.03), rotation=90, fontsize=8, bbox=box, **place)
+        axis.annotate(f"stage {number}", (border, 0.97), rotation=90, va="top", fontsize=8, bbox=box, **place)
     axis.set_xlabel(unit)
     axis.set_title(title)
     axis.grid(alpha=0.3)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-    axis.xaxis.set_major_formatter(lambda value, _: shorten(value))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    least = 1e5 if unit == STEP_AXIS else 1e3
+    axis.xaxis.set_major_formatter(lambda value, _: shorten(value, least))
 
 
-def shorten(number: float) -> str:
-    """1500 -> 1.5k, 8.5e9 -> 8.5B: a tick of an axis."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(number) >= limit:
-            return f"{number / (1e3 if suffix == 'k' else limit):g}{suffix}"
+def shorten(number: float, least: float) -> str:
+    """1500 -> 1.5k, 8.5e9 -> 8.5B: a tick of an axis; numbers below `least` are written out."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= max(limit, least):
+            return f"{number / limit:g}{suffix}"
     return f"{number:,.0f}"
 
 

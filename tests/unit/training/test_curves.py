@@ -46,10 +46,11 @@ def test_short_runs_are_not_smoothed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (1500, "1,500"), (25_000, "25k"), (2.5e6, "2.5M"), (8.5e9, "8.5B")]
+    ("number", "least", "text"),
+    [(0, 1e3, "0"), (1500, 1e5, "1,500"), (1500, 1e3, "1.5k"), (2.5e6, 1e5, "2.5M"), (8.5e9, 1e3, "8.5B")],
 )
-def test_ticks(number: float, text: str) -> None:
-    assert shorten(number) == text
+def test_ticks(number: float, least: float, text: str) -> None:
+    assert shorten(number, least) == text
 
 
 def test_ticks_of_learning_rates() -> None:
