@@ -38,10 +38,14 @@ def run(args: Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p) if args.do_sample else None
     generator = AnswerGenerator(loaded, style.end_ids, args.max_new_tokens, sampling, keep_cache=args.chat)
     transformers.set_seed(args.seed)
-    if args.chat:
-        chat(Conversation(generator, style.encode))
-    else:
-        answer_prompts(prompts, style, generator, as_jsonl=holds_jsonl(args))
+    try:
+        if args.chat:
+            chat(Conversation(generator, style.encode))
+        else:
+            answer_prompts(prompts, style, generator, as_jsonl=holds_jsonl(args))
+    finally:
+        if generator.totals.answers:
+            print(generator.totals.table(), file=sys.stderr)
 
 
 def answer_prompts(

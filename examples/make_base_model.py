@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from colossal_llama.utils.arguments import ArgumentParser, directory_list, number, positive_int
-from colossal_llama.utils.console import log
+from colossal_llama.utils.console import format_table, log
 from colossal_llama.utils.errors import UserError, run_command
 from colossal_llama.utils.files import write_json
 
@@ -123,7 +123,8 @@ def make_model(
 
 def main() -> None:
     args = build_parser().parse_args()
-    make_tokenizer(read_texts(args.data_input_dirs), args.output_dir, args.vocab_size)
+    texts = read_texts(args.data_input_dirs)
+    make_tokenizer(texts, args.output_dir, args.vocab_size)
     parameters = make_model(
         args.output_dir,
         args.vocab_size,
@@ -133,7 +134,15 @@ def main() -> None:
         args.max_positions,
         args.seed,
     )
-    log(f"Base model: {args.output_dir} ({parameters:,} random parameters, {args.vocab_size:,} pieces)")
+    rows = [
+        ("texts the tokenizer learned from", len(texts)),
+        ("pieces", args.vocab_size),
+        ("layers", args.num_layers),
+        ("width", args.hidden_size),
+        ("random parameters", parameters),
+    ]
+    log(format_table(["base model", "count"], rows))
+    log(f"Base model: {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -13,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation import BaseStreamer
 
 from colossal_llama.inference.streaming import StreamDecoder
+from colossal_llama.utils.console import format_table
 from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +65,34 @@ class Answer:
     num_reused: int
 
 
+@dataclass
+class Totals:
+    """What a generator has done so far. Prompt tokens are counted where they were read, not taken from the
+    cache; `seconds` is the time spent on answers.
+    """
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, answer: Answer, num_prompt_tokens: int, seconds: float) -> None:
+        self.answers += 1
+        self.prompt_tokens += num_prompt_tokens - answer.num_reused
+        self.answer_tokens += len(answer.ids)
+        self.seconds += seconds
+
+    def table(self) -> str:
+        rows = [
+            ("answers", self.answers),
+            ("prompt tokens read", self.prompt_tokens),
+            ("tokens answered", self.answer_tokens),
+            ("seconds", f"{self.seconds:,.1f}"),
+            ("tokens answered a second", f"{self.answer_tokens / max(self.seconds, 1e-9):,.1f}"),
+        ]
+        return format_table(["inference", "total"], rows)
+
+
 class AnswerGenerator:
     """Answers prompts with one model.
 
@@ -86,6 +116,7 @@ class AnswerGenerator:
         self.context_length = loaded.context_length
         self.max_new_tokens = max_new_tokens
         self.keep_cache = keep_cache
+        self.totals = Totals()
         self.config = make_generation_config(self.model.generation_config, end_ids, sampling)
         self.end_ids = frozenset(self.config.eos_token_id or ())
         self._cache: DynamicCache | None = None
@@ -102,6 +133,7 @@ class AnswerGenerator:
             UserError: the prompt does not fit the model, or the GPU's memory is full.
         """
         self._check(prompt)
+        started = time.perf_counter()
         room = self.context_length - len(prompt)
         budget = min(self.max_new_tokens, room)
         num_reused = self._reuse_cache(prompt)
@@ -128,7 +160,9 @@ class AnswerGenerator:
             stopped_by = STOPPED_BY_END
         else:
             stopped_by = STOPPED_BY_LIMIT if budget == self.max_new_tokens else STOPPED_BY_CONTEXT
-        return Answer(sink.ids, sink.text, stopped_by, num_reused)
+        answer = Answer(sink.ids, sink.text, stopped_by, num_reused)
+        self.totals.add(answer, len(prompt), time.perf_counter() - started)
+        return answer
 
     def forget(self) -> None:
         """Empties the cache."""

@@ -21,8 +21,6 @@ _TAGS = {
     "lr": "train/learning_rate",
     "grad_norm": "train/grad_norm",
     "loss_scale": "train/loss_scale",
-    "tokens": "train/tokens",
-    "epoch": "train/epoch",
     "tokens_per_second": "throughput/tokens_per_second",
     "step_seconds": "throughput/step_seconds",
     "eval_loss": "eval/loss",

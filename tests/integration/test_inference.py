@@ -55,6 +55,17 @@ def greedy(directory: Path, question: str, max_new_tokens: int) -> str:
     return "".join([*map(decoder.push, ids[0, prompt.shape[1] :].tolist()), decoder.finish()])
 
 
+def check_totals(lines: list[str], answers: int, tokens_answered: int) -> None:
+    """The table that ends standard error, and nothing else."""
+    found = {line[:25].strip(): line[25:].strip() for line in lines}
+    assert list(found) == [
+        *("inference", "-" * 24, "answers", "prompt tokens read"),
+        *("tokens answered", "seconds", "tokens answered a second"),
+    ]
+    assert (found["answers"], found["tokens answered"]) == (str(answers), str(tokens_answered))
+    assert int(found["prompt tokens read"].replace(",", "")) > 0
+
+
 @pytest.fixture(scope="module")
 def talkative_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Never ends an answer by itself, and has room for a long one."""
@@ -87,7 +98,8 @@ def test_answer_alone_on_standard_output(root: Path, tiny_model_dir: Path) -> No
     # Nothing but our own notes: no library has anything to say about a healthy run.
     lines = result.stderr.splitlines()
     assert lines[0] == f"[{tiny_model_dir}: 150,336 parameters, fp32, cpu]"
-    assert lines[1:] == ["[stopped at --max_new_tokens 8]"]
+    assert lines[1] == "[stopped at --max_new_tokens 8]"
+    check_totals(lines[2:], answers=1, tokens_answered=8)
 
 
 def test_a_tokenizer_that_warns(root: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -99,7 +111,8 @@ def test_a_tokenizer_that_warns(root: Path, tiny_model_dir: Path, tmp_path: Path
     path.write_text(json.dumps({**config, "model_max_length": 10}), encoding="utf-8")
     (directory / "generation_config.json").write_text('{"do_sample": true, "top_p": 0.9}', encoding="utf-8")
     result = run(root, "--model_path", directory, "--no-do_sample", "--max_new_tokens", 2, "--input_txt", "x")
-    assert (result.returncode, len(result.stderr.splitlines())) == (0, 2)
+    assert result.returncode == 0
+    check_totals(result.stderr.splitlines()[2:], answers=1, tokens_answered=2)
 
 
 def test_several_prompts(root: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -118,7 +131,9 @@ def test_several_prompts(root: Path, tiny_model_dir: Path, tmp_path: Path) -> No
     ]
     # The others are answered, and the one that does not fit is an error all the same.
     assert as_jsonl.returncode == 2
-    assert "error: prompt 2: the prompt has" in as_jsonl.stderr
+    *lines, error = as_jsonl.stderr.splitlines()
+    assert error.startswith("error: prompt 2: the prompt has")
+    check_totals(lines[1:], answers=2, tokens_answered=10)
 
 
 def test_sampling_repeats_with_its_seed(root: Path, tiny_model_dir: Path) -> None:
@@ -191,7 +206,7 @@ def test_ctrl_c_stops_an_answer_of_a_conversation(root: Path, talkative_model_di
     process.stdin.write(b"exit\n")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert errors == b""
+    assert errors.startswith(b"inference"), "only the summary"
 
 
 def test_conversation_at_a_terminal(root: Path, tiny_model_dir: Path) -> None:
