@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def script_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
         takes_value = "=" not in rest[0] and rest[0] in LAUNCHERS[words[0]]
         assert takes_value or "=" in rest[0], f"{rest[0]}: unknown option of {words[0]}"
         rest = rest[2:] if takes_value else rest[1:]
-    if not rest or not rest[0].endswith(".py") or rest[0].startswith("benchmarks/"):
+    if not rest or not rest[0].endswith(".py") or is_unparsed(words):
         return None
     arguments = rest[1:]
     if words[0] == "colossalai":  # a shell on each host splits what it gets once more
@@ -111,6 +112,41 @@ def create_inputs(arguments: list[str]) -> None:
                 (path / "config.json").touch()
 
 
+# Other programs' commands, which nothing here can parse: package managers, shells, vLLM, llama.cpp.
+UNPARSED = {"pip", "bash", "cp", "git", "vllm", "./build/bin/llama-quantize", "./build/bin/llama-cli"}
+UNPARSED_SCRIPTS = {"convert_hf_to_gguf.py", "convert_lora_to_gguf.py"}
+
+
+def is_unparsed(words: list[str]) -> bool:
+    if words[0] == "python":
+        return words[1] in UNPARSED_SCRIPTS or words[1].startswith("benchmarks/")
+    return words[0] in UNPARSED
+
+
+def assert_harness_takes(words: list[str]) -> None:
+    """lm-evaluation-harness parses the command and has its tasks."""
+    from lm_eval._cli import HarnessCLI
+
+    args = HarnessCLI()._parser.parse_args(words[1:])
+    assert set(args.tasks) <= harness_tasks(), words
+
+
+@cache
+def harness_tasks() -> set[str]:
+    from lm_eval.tasks import TaskManager
+
+    return set(TaskManager(include_path=str(ROOT / "examples" / "evaluation")).all_tasks)
+
+
+def assert_tensorboard_takes(words: list[str]) -> None:
+    from tensorboard import default, program
+
+    program.TensorBoard(plugins=default.get_plugins()).configure(words)
+
+
+OTHER_PROGRAMS = {"lm_eval": assert_harness_takes, "tensorboard": assert_tensorboard_takes}
+
+
 def assert_parses(words: list[str], capsys: pytest.CaptureFixture) -> None:
     found = script_and_arguments(words)
     assert found is not None, words
@@ -137,6 +173,10 @@ def test_commands_in_documents(document: Path, capsys: pytest.CaptureFixture) ->
     for words in checked:
         assert_parses(words, capsys)
     for words in commands:
+        if words[0] in OTHER_PROGRAMS:
+            OTHER_PROGRAMS[words[0]](words)
+        else:
+            assert words in checked or is_unparsed(words), f"neither parsed nor known: {shlex.join(words)}"
         if words[0] == "bash" and not words[1].startswith("-"):
             assert (ROOT / words[1]).is_file(), words
     if document.name == "README.md" and document.parent == ROOT:
