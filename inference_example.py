@@ -18,20 +18,24 @@ if TYPE_CHECKING:
 
 def run(args: Namespace) -> None:
     from colossal_llama.inference.prompt_input import holds_jsonl, read_prompts
-    from colossal_llama.inference.terminal import note, prepare_streams, quiet_libraries
+    from colossal_llama.inference.terminal import note, prepare_streams
+    from colossal_llama.utils.quiet import quieten_libraries
 
     prepare_streams()
     # Before the model is loaded: a mistake in the file should not take minutes to show.
     prompts = [] if args.chat else read_prompts(args)
-    quiet_libraries()
+    quieten_libraries()
 
     import transformers
+    from transformers.utils import logging as transformers_logging
 
     from colossal_llama.inference.chat import Conversation, chat
     from colossal_llama.inference.generation import AnswerGenerator, Sampling
     from colossal_llama.inference.loading import load_model
     from colossal_llama.inference.prompt_encoding import choose_prompt_style
 
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     loaded = load_model(args.model_path, args.tokenizer_path, args.device, args.dtype, args.trust_remote_code)
     note(f"{args.model_path}: {loaded.describe()}")
     style = choose_prompt_style(loaded.tokenizer, args.prompt_style, args.llama_version, args.chat_template)

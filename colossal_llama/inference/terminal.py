@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 
@@ -24,24 +23,6 @@ def prepare_streams() -> None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (open as long as the program runs)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
-
-
-def quiet_libraries() -> None:
-    """Silences what a healthy run would print; everything else that libraries say is still heard."""
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    # Said of every LLaMA-2 tokenizer whose configuration does not mention `legacy`: the model was trained
-    # with what is then the default, so that is the right one.
-    for name in ("tokenization_llama", "tokenization_llama_fast"):
-        _drop_messages(f"transformers.models.llama.{name}", "You are using the default legacy behaviour")
-    # The prompt's length is checked against the model's own limit, with a message that names it.
-    _drop_messages("transformers.tokenization_utils_base", "Token indices sequence length is longer")
-
-
-def _drop_messages(logger: str, beginning: str) -> None:
-    logging.getLogger(logger).addFilter(lambda record: not record.getMessage().startswith(beginning))
 
 
 def read_message(prompt: str) -> str | None:

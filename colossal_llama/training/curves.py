@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,8 +82,6 @@ def draw_curves(directory: Path) -> Path | None:
     stages = [[record for record in records if "loss" in record] for records in read_all_stages(directory)]
     if not stages[-1]:
         return None
-    # Its notice about the font cache, made once a machine, is no news to anyone.
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
