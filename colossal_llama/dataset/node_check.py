@@ -23,6 +23,7 @@ PACKAGES = ("tokenizers", "numpy", "orjson", "pyarrow", "transformers", "jinja2"
 SOURCES = ("dataset", "tokenizer", "utils")
 MAX_SAMPLES = 50
 SECONDS_TO_SEE_A_FILE = 60.0
+TOKEN_PREFIX = ".visible-"
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,25 @@ class NodeCheck:
 @contextlib.contextmanager
 def make_node_check(output_dirs: Sequence[Path], files: Sequence[InputFile]) -> Iterator[NodeCheck]:
     """A check against these directories (made where they are missing) and files, valid inside the block."""
+    remove_token_files(output_dirs)
     key = secrets.token_hex(8)
     token_files = []
     try:
         for directory in sorted({path.absolute() for path in output_dirs}):
             directory.mkdir(parents=True, exist_ok=True)
-            token_files.append(directory / f".visible-{key}")
+            token_files.append(directory / f"{TOKEN_PREFIX}{key}")
             token_files[-1].write_text(key, encoding="utf-8")
         step = max(1, -(-len(files) // MAX_SAMPLES))
         yield NodeCheck(key, tuple(map(str, token_files)), tuple(files[::step]), describe_software())
     finally:
         for path in token_files:
+            path.unlink(missing_ok=True)
+
+
+def remove_token_files(output_dirs: Sequence[Path]) -> None:
+    """Removes what the check of a run that was killed left behind."""
+    for directory in output_dirs:
+        for path in directory.glob(f"{TOKEN_PREFIX}*"):
             path.unlink(missing_ok=True)
 
 

@@ -301,6 +301,7 @@ def _encode_shards(
             # After a bad record there will be no output: what is left to do is to list the others.
             only_check |= bool(summary.bad_records) and not settings.skip_bad_records
             meter.update(summary.num_tokens, summary.num_bytes)
+    remove_stale_shards(cache_dir, tasks)
     return tasks, summaries  # type: ignore[return-value]
 
 

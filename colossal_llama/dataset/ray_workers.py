@@ -54,7 +54,7 @@ class RayWorkers:
         self._check: NodeCheck | None = None
         self._tasks_of_node: Counter[str] = Counter()
         self._seconds_of_node: Counter[str] = Counter()
-        self._num_cpus = 0
+        self._nodes: dict[str, dict[str, Any]] = {}  # by id, living and lost
         self._looked_at = float("-inf")
 
     def __enter__(self) -> RayWorkers:
@@ -62,8 +62,9 @@ class RayWorkers:
 
         connect(self.address, self.num_workers)
         self._stack.callback(ray.shutdown)
-        nodes = _living_nodes()
-        log(f"Ray: {_count(len(nodes), 'node')}, {_count(self._cluster_cpus(), 'CPU')}")
+        self._nodes = _find_nodes()
+        num_nodes = sum(map(_is_at_work, self._nodes.values()))
+        log(f"Ray: {_count(num_nodes, 'node')}, {_count(self._count_cpus(), 'CPU')}")
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -78,7 +79,7 @@ class RayWorkers:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._check = self._stack.enter_context(make_node_check(output_dirs, files))
-        nodes = {node["NodeID"]: node for node in _living_nodes()}
+        nodes = {node_id: node for node_id, node in self._nodes.items() if _is_at_work(node)}
         answers = {
             _remote(_check_node, 0, NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
                 self._check
@@ -91,8 +92,10 @@ class RayWorkers:
             name = _name_of(nodes[answers[reference]])
             try:
                 problems += [f"node {name} {problem}" for problem in ray.get(reference)]
-            except ray.exceptions.RayError as error:
+            except ray.exceptions.RayTaskError as error:
                 problems.append(f"node {name} can't run this code: {_last_line(error)}")
+            except ray.exceptions.RayError as error:
+                warn(f"node {name} can't be reached, going on without it: {_first_line(error)}")
         for reference in silent:
             name = _name_of(nodes[answers[reference]])
             problems.append(f"node {name} does not answer within {SECONDS_TO_CHECK_NODES:.0f} s")
@@ -109,7 +112,8 @@ class RayWorkers:
         running: dict[Any, tuple[int, Task]] = {}
         is_stalled = False
         while True:
-            limit = 2 * max(self._cluster_cpus(), 1)
+            self._look_at_cluster()
+            limit = 2 * max(self._count_cpus(), 1)
             if self.num_workers is not None:
                 limit = min(limit, self.num_workers)
             while len(running) < limit and (item := next(waiting, None)) is not None:
@@ -119,7 +123,7 @@ class RayWorkers:
             done, _ = ray.wait(list(running), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
             if done:  # and all others that have come in the meantime
                 done, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
-            elif not self._cluster_cpus() and not is_stalled:
+            elif not self._count_cpus() and not is_stalled:
                 warn("no node with a CPU is left in the cluster; waiting for one to join")
                 is_stalled = True
             for reference in done:
@@ -131,12 +135,10 @@ class RayWorkers:
 
     def describe_nodes(self) -> str:
         """Tasks and seconds of each node, all workers of a node together."""
-        import ray
-
-        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        self._nodes.update(_find_nodes())
         rows = [
             [
-                _name_of(nodes[node_id]) + ("" if nodes[node_id]["Alive"] else ", lost"),
+                _name_of(self._nodes[node_id]) + ("" if self._nodes[node_id]["Alive"] else ", lost"),
                 num_tasks,
                 round(self._seconds_of_node[node_id], 1),
             ]
@@ -144,13 +146,22 @@ class RayWorkers:
         ]
         return format_table(["node", "tasks", "seconds of work"], sorted(rows)) if rows else ""
 
-    def _cluster_cpus(self) -> int:
-        import ray
+    def _count_cpus(self) -> int:
+        """CPUs of the cluster as it was when it was last looked at."""
+        return sum(int(node["Resources"]["CPU"]) for node in self._nodes.values() if _is_at_work(node))
 
-        if time.monotonic() - self._looked_at > SECONDS_BETWEEN_LOOKS:
-            self._num_cpus = int(ray.cluster_resources().get("CPU", 0))
-            self._looked_at = time.monotonic()
-        return self._num_cpus
+    def _look_at_cluster(self) -> None:
+        """Nodes come and go; who goes is said once."""
+        if time.monotonic() - self._looked_at < SECONDS_BETWEEN_LOOKS:
+            return
+        before, self._nodes = self._nodes, {**self._nodes, **_find_nodes()}
+        self._looked_at = time.monotonic()
+        for node_id, node in self._nodes.items():
+            known = before.get(node_id)
+            if known is None and _is_at_work(node):
+                log(f"Ray: node {_name_of(node)} joined")
+            elif known is not None and known["Alive"] and not node["Alive"]:
+                warn(f"node {_name_of(node)} is lost; others run its unfinished tasks again")
 
     def _get(self, reference: Any, task: Any) -> tuple[Any, str, float]:
         import ray
@@ -166,7 +177,7 @@ class RayWorkers:
         except ray.exceptions.RayError as error:
             raise UserError(
                 f"{task}: the worker died {MAX_RETRIES + 1} times, perhaps for want of memory: "
-                f"{_last_line(error)}; use fewer --num_workers, or `ray start` with fewer --num-cpus. "
+                f"{_first_line(error)}; use fewer --num_workers, or `ray start` with fewer --num-cpus. "
                 "The same command goes on where this one stopped"
             ) from None
 
@@ -185,6 +196,9 @@ def connect(address: str, num_cpus: int | None) -> None:
         import ray
     except ImportError as error:
         raise UserError(f"--ray_address {address}: {error}; pip install ray") from None
+    # With log_to_driver=False, Ray still prints what its raylets report; we say ourselves which node is lost.
+    if hasattr(ray._private.worker, "_worker_logs_enabled"):
+        ray._private.worker._worker_logs_enabled = False
     if address == "local":
         # Not in another thread: the kernel would end what Ray starts together with that thread.
         ray.init(
@@ -263,16 +277,24 @@ def _check_once(check: NodeCheck) -> None:
         _checked.add(check.key)
 
 
-def _living_nodes() -> list[dict[str, Any]]:
-    """Nodes with CPUs; a head without any only directs the others."""
+def _find_nodes() -> dict[str, dict[str, Any]]:
     import ray
 
-    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    return {node["NodeID"]: node for node in ray.nodes()}
+
+
+def _is_at_work(node: dict[str, Any]) -> bool:
+    """A head without CPUs only directs the others."""
+    return bool(node["Alive"] and node["Resources"].get("CPU"))
 
 
 def _name_of(node: dict[str, Any]) -> str:
     """Host and the beginning of Ray's id: a host may run several nodes."""
     return f"{node['NodeManagerHostname']} ({node['NodeID'][:6]})"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _last_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from colossal_llama.dataset.node_check import remove_token_files
 from colossal_llama.dataset.storage import InputFile
 from colossal_llama.utils.errors import UserError
 
@@ -75,7 +76,8 @@ class LocalWorkers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def check_storage(self, output_dirs: Sequence[Path], files: Sequence[InputFile]) -> None:
-        """Other processes of this machine see what this one sees."""
+        """Other processes of this machine see what this one sees; a cluster's run may have left its tokens."""
+        remove_token_files(output_dirs)
 
     def describe_nodes(self) -> str:
         return ""
