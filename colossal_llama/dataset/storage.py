@@ -10,6 +10,7 @@ import io
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +47,7 @@ READ_BUFFER_BYTES = 1 << 20
 FETCH_BYTES = 8 << 20  # of one request
 TAIL_BYTES = 1 << 16  # beyond a shard's end, where only its last line reaches
 FETCH_ATTEMPTS = 3
+STAT_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,14 @@ def list_files(directory: Path | str, suffixes: tuple[str, ...]) -> list[InputFi
         entries = filesystem.ls(path, detail=True)
         if [entry["name"].rstrip("/") for entry in entries] == [path.rstrip("/")] and _is_file(entries[0]):
             raise UserError(f"{directory}: is a file; give the URL of its directory")
-        found = []
-        for entry in entries:
-            if entry["name"].endswith(suffixes) and _is_file(entry):
-                if entry.get("size") is None:  # a web server's list of links
-                    entry = {**filesystem.info(entry["name"]), "name": entry["name"]}
-                found.append(_input_file(filesystem.unstrip_protocol(entry["name"]), entry))
-    return sorted(found, key=lambda file: file.name)
+    urls = [
+        filesystem.unstrip_protocol(entry["name"])
+        for entry in entries
+        if entry["name"].endswith(suffixes) and _is_file(entry)
+    ]
+    # One by one as the workers will: a listing may have other details, or none at all.
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        return sorted(pool.map(stat_file, urls), key=lambda file: file.name)
 
 
 def stat_file(path: str) -> InputFile:

@@ -76,7 +76,7 @@ class LocalWorkers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def check_storage(self, output_dirs: Sequence[Path], files: Sequence[InputFile]) -> None:
-        """Other processes of this machine see what this one sees; a cluster's run may have left its tokens."""
+        """Other processes of this machine see what this one sees."""
         remove_token_files(output_dirs)
 
     def describe_nodes(self) -> str:

@@ -21,6 +21,8 @@ from corpus import sample_texts
 from support import ROOT
 
 from colossal_llama.dataset.ray_workers import RayWorkers
+from colossal_llama.dataset.shards import read_table
+from colossal_llama.dataset.storage import stat_file
 from colossal_llama.utils.errors import UserError
 
 PRETRAIN = "prepare_pretrain_dataset.py"
@@ -210,8 +212,6 @@ def test_a_killed_driver_goes_on_with_what_is_finished(
 
 
 def test_what_goes_wrong_in_a_worker(cluster: Any, tmp_path: Path) -> None:
-    from colossal_llama.dataset.shards import read_table
-
     with RayWorkers(cluster.address, None) as workers:
         assert sorted(workers.run(len, ["a", "bb"] * 10)) == [(i, 1 + i % 2) for i in range(20)]
         with pytest.raises(UserError, match=r"^1: the worker died 5 times.*fewer --num_workers"):
@@ -219,8 +219,6 @@ def test_what_goes_wrong_in_a_worker(cluster: Any, tmp_path: Path) -> None:
         with pytest.raises(Exception, match="'str' object has no attribute 'table_path'"):
             list(workers.run(read_table, ["not a task"]))  # a fault of our own keeps its traceback
         with pytest.raises(UserError, match=r"nowhere: no such file .*\(on node \S+\)"):
-            from colossal_llama.dataset.storage import stat_file
-
             list(workers.run(stat_file, [str(tmp_path / "nowhere")]))
 
 
