@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -288,3 +289,60 @@ def test_addresses_where_there_is_no_ray(pretrain_flags: dict[str, Any], tmp_pat
     errors = finish(start(PRETRAIN, **flags, ray_address="127.0.0.1:1"), code=2)
     assert "--ray_address 127.0.0.1:1: can't be reached" in errors
     assert "ray start" in errors
+
+
+def test_the_slurm_example(
+    pretrain_flags: dict[str, Any], local_output: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The example with its variables filled in, and an `srun` that starts both tasks on this machine."""
+    text = (ROOT / "examples/launch/prepare_ray.slurm.sh").read_text(encoding="utf-8")
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    settings = {
+        "DATA_INPUT_DIRS": pretrain_flags["data_input_dirs"],
+        "TOKENIZER_DIR": pretrain_flags["tokenizer_dir"],
+        "DATA_OUTPUT_DIRS": tmp_path / "out",
+        "MAX_LENGTH": pretrain_flags["max_length"],
+        "NUM_BINS": pretrain_flags["num_spliced_dataset_bins"],
+        "RAY_PORT": port,
+    }
+    for name, value in settings.items():
+        text, count = re.subn(rf'^{name}=(""|\d+)', f'{name}="{value}"', text, flags=re.MULTILINE)
+        assert count == 1
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    (clone / "prepare_pretrain_dataset.py").symlink_to(ROOT / "prepare_pretrain_dataset.py")
+    (clone / "job").write_text(text, encoding="utf-8")
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    (bin_dir / "srun").write_text(
+        "#!/usr/bin/env bash\n"
+        "while [[ $1 == --* ]]; do shift; done\n"
+        "trap 'kill $(jobs -p); wait' EXIT TERM\n"
+        'for ((i = 0; i < 2; i++)); do SLURM_PROCID=$i RAY_TMPDIR="$RAY_TMPDIR/$i" "$@" & done\n'
+        "wait\n"
+    )
+    (bin_dir / "srun").chmod(0o755)
+    temp_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "PATH": f"{bin_dir}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_TMPDIR": temp_dir,
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    process = subprocess.Popen(
+        ["bash", str(clone / "job")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=clone,
+        env=environment,
+    )
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors + (clone / "ray-1.log").read_text()
+    assert read_bytes(tmp_path / "out") == local_output
+    assert "CPU" in out
+    shutil.rmtree(temp_dir, ignore_errors=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import random
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -360,6 +362,67 @@ def test_a_run_that_died_between_bins_goes_on(
     run(corpus)
     assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
     assert not encoded  # every shard came from the cache
+
+
+def test_tasks_that_run_twice_at_once_and_too_late(
+    corpus: list[Path], run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that was given up for dead may still be at work while another does the same again."""
+    run(corpus, "whole")
+    shard_tasks: list[shards.ShardTask] = []
+    bin_tasks: list[bins.BinTask] = []
+
+    def encode_twice(task: shards.ShardTask) -> shards.ShardSummary:
+        shard_tasks.append(task)
+        with ThreadPoolExecutor() as pool:
+            one, other = pool.map(shards.encode_shard, [task, task])
+        assert one == other
+        return one
+
+    def write_twice(task: bins.BinTask) -> Any:
+        bin_tasks.append(task)
+        with ThreadPoolExecutor() as pool:
+            one, other = pool.map(bins.write_bin, [task, task])
+        assert one == other
+        return one
+
+    monkeypatch.setattr(preparation, "encode_shard", encode_twice)
+    monkeypatch.setattr(preparation, "write_bin", write_twice)
+    run(corpus)
+    monkeypatch.undo()
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
+    monkeypatch.setattr(jsonl, "MIN_SHARD_BYTES", 20_000)
+    run(corpus, seed=43, overwrite=True)
+    after = read_bytes(tmp_path / "out")
+    with pytest.raises(UserError, match="another run has taken over"):
+        bins.write_bin(bin_tasks[0])
+    assert read_bytes(tmp_path / "out") == after
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    for path in [shard_tasks[0].cache_dir, *dataclasses.asdict(bin_tasks[0]).values()]:
+        assert not isinstance(path, str) or "/" not in path or Path(path).is_absolute()
+
+
+def test_tasks_hold_names_and_lengths_only(
+    corpus: list[Path], run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a task and its result weigh does not grow with the corpus."""
+    sizes: dict[int, list[int]] = {}
+
+    def weigh(function: Callable[[Any], Any], number: int) -> Callable[[Any], Any]:
+        def run_and_weigh(task: Any) -> Any:
+            result = function(task)
+            sizes.setdefault(number, []).append(len(pickle.dumps((task, result))))
+            return result
+
+        return run_and_weigh
+
+    write_records(tmp_path / "large" / "x.jsonl", make_records(3000, seed=1))
+    monkeypatch.setattr(jsonl, "MIN_SHARD_BYTES", 1 << 30)
+    for number, inputs in enumerate((corpus[:1], [tmp_path / "large"])):
+        monkeypatch.setattr(preparation, "encode_shard", weigh(shards.encode_shard, number))
+        monkeypatch.setattr(preparation, "write_bin", weigh(bins.write_bin, number))
+        run(inputs, f"out{number}")
+    assert max(sizes[1]) < 1.1 * max(sizes[0]) < 10_000
 
 
 def test_damaged_cache_is_encoded_again(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
