@@ -3,8 +3,8 @@
 #
 #     sbatch examples/launch/prepare_ray.slurm.sh
 #
-# Clone, environment, input and output have to be on storage that all nodes share. A job that was stopped goes on where it
-# stopped when it is submitted again.
+# Clone, environment, input and output have to be on storage that all nodes share. A job that was stopped goes on
+# where it stopped when it is submitted again.
 #SBATCH --job-name=prepare
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=1
@@ -18,6 +18,7 @@ TOKENIZER_DIR=""    # tokenizer in Hugging Face format
 DATA_OUTPUT_DIRS="" # directory for cache/, jsonl/, arrow/ and stats.json
 MAX_LENGTH=4096     # longest row, in tokens
 NUM_BINS=1024       # part directories; each is packed by one CPU
+RAY_HEAD=""         # address of the first node that the others reach; empty: its first one
 RAY_PORT=6379       # on the first node
 
 problems=()
@@ -38,7 +39,7 @@ fi
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0 RAY_PORT
 # This script runs on the job's first node, which becomes the head.
-RAY_HEAD=$(hostname --ip-address | awk '{ print $1 }')
+RAY_HEAD=${RAY_HEAD:-$(hostname -I | awk '{ print $1 }')}
 export RAY_HEAD
 
 # shellcheck disable=SC2016  # each node fills in its own variables
@@ -47,11 +48,10 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
         where=(--head --node-ip-address="$RAY_HEAD" --port="$RAY_PORT" --include-dashboard=false)
     else
         where=(--address="$RAY_HEAD:$RAY_PORT")
+        until (: <"/dev/tcp/$RAY_HEAD/$RAY_PORT") 2>/dev/null; do sleep 1; done
     fi
-    for _ in {1..20}; do # the head may take a while
-        ray start "${where[@]}" --num-cpus="$SLURM_CPUS_PER_TASK" --object-store-memory=100000000 --block && exit
-        sleep 3
-    done' >"ray-$SLURM_JOB_ID.log" 2>&1 &
+    # Hardly anything goes through the object store.
+    exec ray start "${where[@]}" --num-cpus="$SLURM_CPUS_PER_TASK" --object-store-memory=100000000 --block' >"ray-$SLURM_JOB_ID.log" 2>&1 &
 nodes=$!
 stop_nodes() {
     kill "$nodes" 2>/dev/null || true

@@ -137,7 +137,7 @@ def test_commands_in_documents(document: Path, capsys: pytest.CaptureFixture) ->
     for words in checked:
         assert_parses(words, capsys)
     for words in commands:
-        if words[0] == "bash" and not words[1].startswith("-"):
+        if words[0] in ("bash", "sbatch") and not words[1].startswith("-"):
             assert (ROOT / words[1]).is_file(), words
     if document.name == "README.md" and document.parent == ROOT:
         assert {script_and_arguments(words)[0] for words in checked} == set(SCRIPTS)
