@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -38,7 +39,9 @@ PREPARED_FORMAT = 1
 ARROW_FILE = "data-00000-of-00001.arrow"
 BATCH_TOKENS = 1 << 20
 BATCH_ROWS = 1000
-MAX_OPEN_FILES = 128
+# A bin reads from all shards in turn (at most 16,384): opening one costs more than reading a document.
+MAX_OPEN_FILES = 16384
+SPARE_FILES = 256  # for everything else that a process has open
 COLUMNS = ("input_ids", "labels", "document_lengths")
 
 
@@ -176,6 +179,7 @@ class TokenReader:
         self.paths = [path for path, _ in shards]
         self.bases = np.concatenate(([0], np.cumsum([num_tokens for _, num_tokens in shards])))
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._max_open = _allow_open_files(min(MAX_OPEN_FILES, len(self.paths)))
 
     def __enter__(self) -> TokenReader:
         return self
@@ -202,13 +206,23 @@ class TokenReader:
     def _descriptor(self, shard_id: int) -> int:
         file = self._open.get(shard_id)
         if file is None:
-            if len(self._open) >= MAX_OPEN_FILES:
+            if len(self._open) >= self._max_open:
                 self._open.popitem(last=False)[1].close()
             path = wait_for_file(Path(self.paths[shard_id]))
             file = self._open[shard_id] = open(path, "rb", buffering=0)  # noqa: SIM115
         else:
             self._open.move_to_end(shard_id)
         return file.fileno()
+
+
+def _allow_open_files(wanted: int) -> int:
+    """How many files may be open beside `SPARE_FILES`; raises this process's soft limit as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_FILES))
 
 
 class RowWriter:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ import pytest
 from corpus import sample_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ROOT
 from transformers import AutoTokenizer
 
 from colossal_llama.dataset import bins, jsonl, preparation, shards
@@ -400,6 +403,20 @@ def test_tasks_that_run_twice_at_once_and_too_late(
     assert not list((tmp_path / "out").rglob("*.tmp"))
     for path in [shard_tasks[0].cache_dir, *dataclasses.asdict(bin_tasks[0]).values()]:
         assert not isinstance(path, str) or "/" not in path or Path(path).is_absolute()
+
+
+@pytest.mark.parametrize(("hard", "max_open"), [(4096, 3000), (600, 344), (100, 1)])
+def test_as_many_shards_are_open_as_the_system_allows(hard: int, max_open: int) -> None:
+    code = (
+        "import resource\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, {hard}), {hard}))\n"
+        "from colossal_llama.dataset.bins import _allow_open_files\n"
+        "print(_allow_open_files(3000))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert int(result.stdout) == max_open
 
 
 def test_tasks_hold_names_and_lengths_only(
