@@ -38,6 +38,11 @@ setup(
             "liger-kernel==0.5.10",
             "gguf>=0.17,<1",
             *EVALUATION,
+            # An object store for input from URLs; the extra of moto for its server brings in far more.
+            "s3fs>=2024.2",
+            "moto[s3]>=5,<6",
+            "flask>=2.2",
+            "flask-cors>=3",
         ],
     },
 )

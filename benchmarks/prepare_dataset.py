@@ -8,6 +8,7 @@ machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -57,6 +58,9 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--work_dir", type=Path, help="keeps corpus and tokenizer here (default: removed)")
     parser.add_argument("--repeats", type=positive_int, default=1, help="runs of each; the fastest counts")
+    parser.add_flag(
+        "--ray", default=True, help="also measure a Ray cluster of one node against local workers"
+    )
     parser.add_flag("--memory", default=True, help="peak memory at 10 MB too")
     parser.add_flag("--large", default=False, help="peak memory at 1 GB too: minutes, and 12 GB of disk")
     return parser
@@ -257,13 +261,18 @@ def _read_memory(process_id: int) -> tuple[int, int]:
 
 
 def prepare(
-    kind: str, data_dir: Path, tokenizer_dir: Path, args: Namespace, output: Path
+    kind: str,
+    data_dir: Path,
+    tokenizer_dir: Path,
+    args: Namespace,
+    output: Path,
+    ray_address: str = "none",
 ) -> tuple[Run, dict]:
     """One end-to-end run; returns what was measured, and the run's stats.json."""
     shutil.rmtree(output, ignore_errors=True)
     arguments = ["--data_input_dirs", str(data_dir), "--tokenizer_dir", str(tokenizer_dir)]
     arguments += ["--data_output_dirs", str(output), "--max_length", str(args.max_length)]
-    arguments += ["--num_workers", str(args.num_workers)]
+    arguments += ["--num_workers", str(args.num_workers), "--ray_address", ray_address]
     if kind == "sft":
         arguments += ["--llama_version", _find_version(tokenizer_dir)]
     run = run_script(f"prepare_{kind}_dataset.py", arguments)
@@ -327,6 +336,39 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
     )
     log("")
     log(format_table(["peak memory, MB", "main", "largest worker", "all together", "seconds"], memory))
+    if args.ray:
+        benchmark_ray(work_dir / f"pretrain-{args.size_mb}mb", tokenizer_dir, args, work_dir)
+
+
+@contextlib.contextmanager
+def ray_cluster(num_cpus: int) -> Iterator[str]:
+    """The address of a cluster of one node that runs already, as users find theirs."""
+    os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    os.environ["PYTHONPATH"] = str(ROOT)  # for the cluster's workers
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, "include_dashboard": False})
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def benchmark_ray(data_dir: Path, tokenizer_dir: Path, args: Namespace, work_dir: Path) -> None:
+    """One line: what the way through Ray costs, with the same number of workers."""
+    local, ray = [], []
+    with ray_cluster(args.num_workers) as address:
+        for _ in range(args.repeats):  # in turns, so that a busy machine slows both
+            for runs, where in ((local, "none"), (ray, address)):
+                runs.append(prepare("pretrain", data_dir, tokenizer_dir, args, work_dir / "out", where))
+    seconds = {name: min(run.seconds for run, _ in runs) for name, runs in (("local", local), ("ray", ray))}
+    num_tokens = local[0][1]["rows"]["tokens"]
+    speeds = {name: num_tokens / value / args.num_workers for name, value in seconds.items()}
+    log(
+        f"\nRay: {seconds['ray']:.1f} s against {seconds['local']:.1f} s with local workers, "
+        f"{seconds['ray'] / seconds['local']:.3f} ×; tokens/s a core, whole command: "
+        f"{speeds['ray']:,.0f} against {speeds['local']:,.0f}"
+    )
 
 
 def _memory_line(name: str, run: Run) -> list:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import resource
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,13 +25,23 @@ import pyarrow as pa
 from colossal_llama.dataset.packing import one_piece_per_row, pack_best_fit, shuffle_rows
 from colossal_llama.dataset.statistics import BinCounts
 from colossal_llama.dataset.tokenization import split_signed
-from colossal_llama.utils.files import sync_directory, write_json
+from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import (
+    aside_path,
+    remove_path,
+    replace_path,
+    sync_directory,
+    wait_for_file,
+    write_json,
+)
 
 PREPARED_FORMAT = 1
 ARROW_FILE = "data-00000-of-00001.arrow"
 BATCH_TOKENS = 1 << 20
 BATCH_ROWS = 1000
-MAX_OPEN_FILES = 128
+# A bin reads from all shards in turn (at most 16,384): opening one costs more than reading a document.
+MAX_OPEN_FILES = 16384
+SPARE_FILES = 256  # for everything else that a process has open
 COLUMNS = ("input_ids", "labels", "document_lengths")
 
 
@@ -41,7 +51,10 @@ def part_name(index: int) -> str:
 
 @dataclass(frozen=True)
 class BinTask:
-    """Pack and write one bin: pieces `first_piece` … `end_piece` of the plan."""
+    """Pack and write one bin: pieces `first_piece` … `end_piece` of the plan. Paths are absolute.
+
+    `run_file` says which run owns the output: `run_id` is this one's.
+    """
 
     index: int
     first_piece: int
@@ -51,13 +64,18 @@ class BinTask:
     record_dir: str
     arrow_dir: str
     jsonl_dir: str
+    run_file: str
     run_key: str
+    run_id: str
     seed: int
     max_length: int
     splice: bool
     kind: str
     tokenizer_fingerprint: str
     vocab_size: int
+
+    def __str__(self) -> str:
+        return f"bin {self.index} ({self.end_piece - self.first_piece:,} pieces)"
 
     @property
     def arrow_path(self) -> Path:
@@ -99,21 +117,40 @@ def deal_documents(strata: np.ndarray, num_bins: int, seed: int) -> tuple[np.nda
 def write_bin(task: BinTask) -> BinCounts:
     """Packs and writes a bin, unless this very run already has; returns its counts.
 
-    Both outputs are written under temporary names, then renamed; the record of the bin comes last.
+    Both outputs are written under temporary names, then renamed; the record of the bin comes last. It may run
+    twice at once, when a worker that was given up for dead is not.
     """
     if (counts := _read_finished(task)) is not None:
         return counts
-    lengths = np.load(Path(task.plan_dir) / "lengths.npy", mmap_mode="r")[task.first_piece : task.end_piece]
-    offsets = np.load(Path(task.plan_dir) / "offsets.npy", mmap_mode="r")[task.first_piece : task.end_piece]
-    lengths, offsets = np.array(lengths), np.array(offsets)
-    rows = pack_best_fit(lengths, task.max_length) if task.splice else one_piece_per_row(lengths)
-    rows = shuffle_rows(rows, task.seed, task.index)
-
-    arrow_aside = task.arrow_path.with_name(f".{task.arrow_path.name}.tmp")
-    jsonl_aside = task.jsonl_path.with_name(f".{task.jsonl_path.name}.tmp")
-    shutil.rmtree(arrow_aside, ignore_errors=True)
+    arrow_aside, jsonl_aside = aside_path(task.arrow_path), aside_path(task.jsonl_path)
     arrow_aside.mkdir(parents=True)
     jsonl_aside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        counts = _write_rows(task, arrow_aside, jsonl_aside)
+        if (finished := _read_finished(task)) is not None:
+            return finished
+        _check_owner(task)
+        for aside, final in ((arrow_aside, task.arrow_path), (jsonl_aside, task.jsonl_path)):
+            replace_path(aside, final)
+            sync_directory(final.parent)
+    finally:
+        remove_path(arrow_aside)
+        remove_path(jsonl_aside)
+    write_json(task.record_path, {"run_key": task.run_key, **asdict(counts)})
+    return counts
+
+
+def _write_rows(task: BinTask, arrow_aside: Path, jsonl_aside: Path) -> BinCounts:
+    lengths, offsets = (
+        np.array(
+            np.load(wait_for_file(Path(task.plan_dir) / name), mmap_mode="r")[
+                task.first_piece : task.end_piece
+            ]
+        )
+        for name in ("lengths.npy", "offsets.npy")
+    )
+    rows = pack_best_fit(lengths, task.max_length) if task.splice else one_piece_per_row(lengths)
+    rows = shuffle_rows(rows, task.seed, task.index)
     with (
         TokenReader(Path(task.shards_file)) as reader,
         RowWriter(arrow_aside, jsonl_aside) as writer,
@@ -128,11 +165,6 @@ def write_bin(task: BinTask) -> BinCounts:
         len(rows), len(lengths), int(rows.lengths.sum()), writer.num_labels, int(rows.lengths[-1])
     )
     _write_description(arrow_aside, task, counts, writer.digest)
-    for aside, final in ((arrow_aside, task.arrow_path), (jsonl_aside, task.jsonl_path)):
-        _remove(final)
-        os.replace(aside, final)
-        sync_directory(final.parent)
-    write_json(task.record_path, {"run_key": task.run_key, **asdict(counts)})
     return counts
 
 
@@ -143,10 +175,11 @@ class TokenReader:
     """
 
     def __init__(self, shards_file: Path) -> None:
-        shards = json.loads(shards_file.read_text(encoding="utf-8"))
+        shards = json.loads(wait_for_file(shards_file).read_text(encoding="utf-8"))
         self.paths = [path for path, _ in shards]
         self.bases = np.concatenate(([0], np.cumsum([num_tokens for _, num_tokens in shards])))
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._max_open = _allow_open_files(min(MAX_OPEN_FILES, len(self.paths)))
 
     def __enter__(self) -> TokenReader:
         return self
@@ -173,12 +206,23 @@ class TokenReader:
     def _descriptor(self, shard_id: int) -> int:
         file = self._open.get(shard_id)
         if file is None:
-            if len(self._open) >= MAX_OPEN_FILES:
+            if len(self._open) >= self._max_open:
                 self._open.popitem(last=False)[1].close()
-            file = self._open[shard_id] = open(self.paths[shard_id], "rb", buffering=0)  # noqa: SIM115
+            path = wait_for_file(Path(self.paths[shard_id]))
+            file = self._open[shard_id] = open(path, "rb", buffering=0)  # noqa: SIM115
         else:
             self._open.move_to_end(shard_id)
         return file.fileno()
+
+
+def _allow_open_files(wanted: int) -> int:
+    """How many files may be open beside `SPARE_FILES`; raises this process's soft limit as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_FILES))
 
 
 class RowWriter:
@@ -298,11 +342,14 @@ def _read_finished(task: BinTask) -> BinCounts | None:
     return BinCounts(**record) if record.pop("run_key") == task.run_key else None
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _check_owner(task: BinTask) -> None:
+    """A worker that outlived its run, cut off from the network perhaps, must not write over a later one's."""
+    try:
+        owner = json.loads(Path(task.run_file).read_text(encoding="utf-8")).get("run_id")
+    except FileNotFoundError:
+        owner = None
+    if owner != task.run_id:
+        raise UserError(f"{task.arrow_path.parent}: another run has taken over; nothing was written")
 
 
 def _batches_of_rows(row_lengths: np.ndarray) -> Iterator[tuple[int, int]]:

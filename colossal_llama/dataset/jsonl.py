@@ -6,13 +6,21 @@ import contextlib
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
 
+from colossal_llama.dataset.storage import (
+    READ_BUFFER_BYTES,
+    InputFile,
+    is_url,
+    list_files,
+    open_range,
+    stat_file,
+)
 from colossal_llama.utils.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -20,7 +28,6 @@ UTF8_BOM = b"\xef\xbb\xbf"
 # Small enough that a small corpus keeps every worker busy to the end, and never more shards than that.
 MIN_SHARD_BYTES = 2 << 20
 MAX_SHARDS = 16384
-READ_BUFFER_BYTES = 1 << 20
 ZSTD_CHUNK_BYTES = 1 << 16  # may unpack to a thousand times as much
 
 
@@ -29,8 +36,8 @@ class Shard:
     """A part of an input file: the lines that start at the bytes `start` ≤ … < `end`.
 
     A compressed file can only be read from its beginning, so it is one shard. Shards depend on the files
-    alone, not on the number of workers. `size` and `mtime_ns` are those of the file when the shards were
-    made.
+    alone, not on the number of workers. `size` and `version` are those of the file when the shards were
+    made; see `InputFile`.
     """
 
     path: str
@@ -38,7 +45,7 @@ class Shard:
     start: int
     end: int
     size: int
-    mtime_ns: int
+    version: int | str
 
 
 class BadRecord(Exception):
@@ -49,26 +56,31 @@ class BadRecord(Exception):
         super().__init__(message or kind)
 
 
-def find_input_files(directories: list[Path]) -> list[list[Path]]:
-    """The input files of each directory, sorted by name.
+def find_input_files(directories: Sequence[Path | str]) -> list[list[InputFile]]:
+    """The input files of each directory or URL, sorted by name.
 
     Raises:
-        UserError: a directory without any, one that is given twice, or `.zst` files without `zstandard`.
+        UserError: a directory without any, one that is given twice or can't be listed, or `.zst` files
+            without `zstandard`.
     """
     problems, found = [], []
-    seen: dict[Path, Path] = {}
+    seen: set[str] = set()
     for directory in directories:
-        resolved = directory.resolve()
-        if resolved in seen:
+        name = str(directory).rstrip("/") if is_url(directory) else str(Path(directory).resolve())
+        if name in seen:
             problems.append(f"--data_input_dirs {directory}: given twice; its records would count twice")
-        seen[resolved] = directory
-        files = sorted(p for p in directory.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
+        seen.add(name)
+        try:
+            files = list_files(directory, SUFFIXES)
+        except UserError as error:
+            problems += [f"--data_input_dirs {problem}" for problem in error.problems]
+            continue
         if not files:
             problems.append(
                 f"--data_input_dirs {directory}: holds no {', '.join('*' + s for s in SUFFIXES)} file"
             )
         found.append(files)
-    compressed = [path for files in found for path in files if path.name.endswith(".zst")]
+    compressed = [file.path for files in found for file in files if file.name.endswith(".zst")]
     if compressed and _import_zstandard() is None:
         problems.append(f"{compressed[0]}: reading .zst needs a library: pip install zstandard")
     if problems:
@@ -76,21 +88,17 @@ def find_input_files(directories: list[Path]) -> list[list[Path]]:
     return found
 
 
-def make_shards(files: list[list[Path]]) -> list[Shard]:
+def make_shards(files: list[list[InputFile]]) -> list[Shard]:
     """Cuts the files (by input directory) into shards, in the order of the input; see `Shard`."""
-    stats = [[(path, path.stat()) for path in directory] for directory in files]
-    total = sum(stat.st_size for directory in stats for _, stat in directory)
+    total = sum(file.size for directory in files for file in directory)
     step = max(MIN_SHARD_BYTES, -(-total // MAX_SHARDS))
     shards = []
-    for input_dir, directory in enumerate(stats):
-        for path, stat in directory:
-            whole = not path.name.endswith(".jsonl")
-            starts = range(0, 1 if whole else max(stat.st_size, 1), step)
-            for start in starts:
-                end = stat.st_size if whole else min(start + step, stat.st_size)
-                shards.append(
-                    Shard(str(path.resolve()), input_dir, start, end, stat.st_size, stat.st_mtime_ns)
-                )
+    for input_dir, directory in enumerate(files):
+        for file in directory:
+            whole = not file.name.endswith(".jsonl")
+            for start in range(0, 1 if whole else max(file.size, 1), step):
+                end = file.size if whole else min(start + step, file.size)
+                shards.append(Shard(file.path, input_dir, start, end, file.size, file.version))
     return shards
 
 
@@ -98,7 +106,8 @@ def read_lines(shard: Shard) -> Iterator[bytes]:
     """The lines of a shard, line ends included; a byte order mark at the beginning of the file is removed.
 
     Raises:
-        UserError: a compressed file that is damaged, or a file that changed since the shards were made.
+        UserError: a compressed file that is damaged, a file that changed since the shards were made, or one
+            that can't be read here.
     """
     try:
         with _open(shard) as file:
@@ -109,8 +118,8 @@ def read_lines(shard: Shard) -> Iterator[bytes]:
                     yield line.removeprefix(UTF8_BOM) if number == 0 else line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{shard.path}: damaged file: {error}; compress it again") from None
-    now = Path(shard.path).stat()
-    if (now.st_size, now.st_mtime_ns) != (shard.size, shard.mtime_ns):
+    now = stat_file(shard.path)
+    if (now.size, now.version) != (shard.size, shard.version):
         raise UserError(f"{shard.path}: changed while it was read; run the command again")
 
 
@@ -170,7 +179,7 @@ def _read_plain_lines(file: BinaryIO, shard: Shard) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _open(shard: Shard) -> Iterator[Any]:
-    with open(shard.path, "rb", buffering=READ_BUFFER_BYTES) as file:
+    with open_range(shard.path, shard.size, shard.end) as file:
         if shard.path.endswith(".gz"):
             with gzip.open(file) as unpacked:
                 yield io.BufferedReader(unpacked, READ_BUFFER_BYTES)

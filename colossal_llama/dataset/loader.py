@@ -52,7 +52,7 @@ def find_part_directories(paths: Sequence[Path]) -> list[Path]:
     """Expands each path to part directories: itself when it is one, else every `part-*` below it.
 
     Raises:
-        UserError: a path is missing, or holds no prepared data.
+        UserError: a path is missing or holds no prepared data, or a part is given twice.
     """
     parts, problems = [], []
     for path in paths:
@@ -70,6 +70,11 @@ def find_part_directories(paths: Sequence[Path]) -> list[Path]:
                     "give the arrow/ directory, or parts of it, that a prepare script wrote"
                 )
             parts.extend(found)
+    seen: set[Path] = set()
+    for part in parts:
+        if (resolved := part.resolve()) in seen:
+            problems.append(f"--dataset {part}: given twice; its rows would count twice")
+        seen.add(resolved)
     if problems:
         raise UserError(problems)
     return parts

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from argparse import Namespace
 from pathlib import Path
 
+from colossal_llama.dataset.storage import is_url
 from colossal_llama.utils.arguments import (
     ArgumentParser,
     add_max_length,
@@ -22,9 +22,10 @@ def add_preparation_flags(parser: ArgumentParser) -> None:
     paths = parser.add_argument_group("input and output")
     paths.add_argument(
         "--data_input_dirs",
-        type=directory_list,
+        type=_input_list,
         required=True,
-        help="comma list of directories with *.jsonl, *.jsonl.gz or *.jsonl.zst files",
+        help="comma list of directories with *.jsonl, *.jsonl.gz or *.jsonl.zst files, or URLs of such: "
+        "s3://, gs://, hf://, https://, …",
     )
     paths.add_argument(
         "--tokenizer_dir", type=existing_directory, required=True, help="tokenizer in Hugging Face format"
@@ -60,8 +61,8 @@ def add_preparation_flags(parser: ArgumentParser) -> None:
     work.add_argument(
         "--num_workers",
         type=positive_int,
-        default=len(os.sched_getaffinity(0)),
-        help="processes that encode and pack; the output does not depend on it (default: all cores)",
+        help="processes that encode and pack, with Ray tasks at a time; the output does not depend on it "
+        "(default: all cores)",
     )
     work.add_argument(
         "--ray_address",
@@ -70,6 +71,14 @@ def add_preparation_flags(parser: ArgumentParser) -> None:
         help="where the work runs: none (this machine), local, auto or HOST:PORT of a Ray cluster",
     )
     parser.add_check(_check_directories)
+
+
+def _input_list(text: str) -> list[Path | str]:
+    """A comma list of existing directories, and of URLs, which nothing is asked for yet."""
+    names = [name.strip().removeprefix("file://") for name in text.split(",")]
+    local = ",".join(name for name in names if name and not is_url(name))
+    directories = iter(directory_list(local)) if local or not any(names) else iter(())
+    return [name if is_url(name) else next(directories) for name in names if name]
 
 
 def _ray_address(text: str) -> str:
@@ -89,5 +98,5 @@ def _check_directories(args: Namespace) -> list[str]:
     return [
         f"--data_output_dirs {args.data_output_dirs}: would write into the input directory {directory}"
         for directory in args.data_input_dirs
-        if directory.resolve() in written
+        if isinstance(directory, Path) and directory.resolve() in written
     ]

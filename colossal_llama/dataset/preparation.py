@@ -12,11 +12,11 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
+import secrets
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,24 +41,25 @@ from colossal_llama.dataset.statistics import (
     make_statistics,
 )
 from colossal_llama.dataset.tokenization import EncoderSpec, load_plain_backend
-from colossal_llama.dataset.workers import LocalWorkers, open_workers
+from colossal_llama.dataset.workers import Workers, open_workers
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.utils.console import log, progress_bar
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import locked_directory, read_json, write_json
+from colossal_llama.utils.files import locked_directory, read_json, remove_path, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_NAME = re.compile(r"[0-9a-f]{24}\.json")
-PART_NAME = re.compile(r"\.?part-\d{5}(\.jsonl)?(\.tmp)?")
+PART_NAME = re.compile(r"part-\d{5}(\.jsonl)?")
+ASIDE_NAME = re.compile(r"\.part-\d{5}(\.jsonl)?(\.[0-9a-f]{16})?\.tmp")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for; `splice` packs several documents into a row."""
+    """What the user asked for; `splice` packs several documents into a row, no `num_workers` is all cores."""
 
-    data_input_dirs: list[Path]
+    data_input_dirs: Sequence[Path | str]
     tokenizer_dir: Path
     data_output_dirs: Path
     data_arrow_output_dir: Path
@@ -68,7 +69,7 @@ class Settings:
     splice: bool
     skip_bad_records: bool = False
     overwrite: bool = False
-    num_workers: int = 1
+    num_workers: int | None = 1
     ray_address: str = "none"
 
     @property
@@ -82,6 +83,11 @@ class Settings:
     @property
     def stats_path(self) -> Path:
         return self.data_output_dirs / "stats.json"
+
+    @property
+    def run_file(self) -> Path:
+        """Says which run the output belongs to."""
+        return self.cache_dir / "run.json"
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,10 @@ def prepare(
         for directory in sorted(outputs):
             stack.enter_context(locked_directory(directory, "data preparation"))
         stack.enter_context(workers)
+        workers.check_storage(
+            [settings.cache_dir, settings.jsonl_dir, settings.data_arrow_output_dir],
+            [file for directory in files for file in directory],
+        )
         tokenizer = load_tokenizer(settings.tokenizer_dir)
         spec = make_spec(tokenizer)
         info = _save_tokenizer(tokenizer, settings.cache_dir)
@@ -165,13 +175,16 @@ def prepare(
         }
         shards = make_shards(files)
         run_key = _find_run_key(shards, spec, facts, settings)
-        _claim_output(settings, run_key)
+        run_id = _claim_output(settings, run_key)
         shard_tasks, summaries = _encode_shards(workers, shards, spec, settings)
         _check_bad_records(settings, shards, summaries)
-        stats = _write_bins(workers, shard_tasks, summaries, settings, info, run_key, facts)
+        stats = _write_bins(workers, shard_tasks, summaries, settings, info, run_key, run_id, facts)
         draw_lengths(stats, settings.data_output_dirs / "stats.png")
         write_json(settings.stats_path, stats)
+        node_table = workers.describe_nodes()
     log(format_statistics(stats))
+    if node_table:
+        log(f"\n{node_table}\n")
     seconds = time.monotonic() - started
     log(
         f"Data: {settings.data_arrow_output_dir} ({stats['rows']['tokens']:,} tokens in {seconds:.1f} s, "
@@ -202,7 +215,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> Toke
                 f"{tokenizer.name_or_path}: the merges of this tokenizer turn the plain text {token.content} "
                 f"into the special token {token_id}; use a tokenizer that keeps them apart"
             )
-    return TokenizerInfo(path, tokenizer_fingerprint(tokenizer), len(tokenizer))
+    return TokenizerInfo(path.absolute(), tokenizer_fingerprint(tokenizer), len(tokenizer))
 
 
 def _find_run_key(shards: list[Shard], spec: EncoderSpec, facts: dict[str, Any], settings: Settings) -> str:
@@ -215,13 +228,13 @@ def _find_run_key(shards: list[Shard], spec: EncoderSpec, facts: dict[str, Any],
     return digest.hexdigest()[:24]
 
 
-def _claim_output(settings: Settings, run_key: str) -> None:
+def _claim_output(settings: Settings, run_key: str) -> str:
     """Refuses output that is there, except parts of this very run; with `--overwrite`, removes it.
 
-    Only names that preparation itself gives are ever removed.
+    Only names that preparation itself gives are ever removed. Returns an id of this run: what is left of
+    earlier ones on other machines may not write any more.
     """
-    run_file = settings.cache_dir / "run.json"
-    is_same_run = run_file.exists() and read_json(run_file) == {"run_key": run_key}
+    is_same_run = settings.run_file.exists() and read_json(settings.run_file).get("run_key") == run_key
     is_complete = settings.stats_path.exists()
     parts = [
         path
@@ -244,18 +257,29 @@ def _claim_output(settings: Settings, run_key: str) -> None:
         settings.stats_path.unlink(missing_ok=True)  # first: from here on the output is not complete
         (settings.data_output_dirs / "stats.png").unlink(missing_ok=True)
         for path in parts:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove_path(path)
         for path in (settings.cache_dir / "bins").glob("part-*.json"):
             path.unlink()
-    write_json(run_file, {"run_key": run_key})
+    run_id = secrets.token_hex(8)
+    write_json(settings.run_file, {"run_key": run_key, "run_id": run_id})
+    _remove_unfinished_parts(settings)
+    return run_id
+
+
+def _remove_unfinished_parts(settings: Settings) -> None:
+    """Removes what killed workers left half-written."""
+    for directory in (settings.data_arrow_output_dir, settings.jsonl_dir):
+        for path in directory.iterdir() if directory.is_dir() else ():
+            if ASIDE_NAME.fullmatch(path.name):
+                remove_path(path)
 
 
 def _encode_shards(
-    workers: LocalWorkers, shards: list[Shard], spec: EncoderSpec, settings: Settings
+    workers: Workers, shards: list[Shard], spec: EncoderSpec, settings: Settings
 ) -> tuple[list[ShardTask], list[ShardSummary]]:
     cache_dir = settings.cache_dir / "shards"
     cache_dir.mkdir(parents=True, exist_ok=True)
-    tasks = [ShardTask(shard, spec, str(cache_dir)) for shard in shards]
+    tasks = [ShardTask(shard, spec, str(cache_dir.absolute())) for shard in shards]
     remove_stale_shards(cache_dir, tasks)
     num_finished = sum(task.table_path.exists() for task in tasks)
     if num_finished:
@@ -277,6 +301,7 @@ def _encode_shards(
             # After a bad record there will be no output: what is left to do is to list the others.
             only_check |= bool(summary.bad_records) and not settings.skip_bad_records
             meter.update(summary.num_tokens, summary.num_bytes)
+    remove_stale_shards(cache_dir, tasks)
     return tasks, summaries  # type: ignore[return-value]
 
 
@@ -314,12 +339,13 @@ def _list_bad_records(shards: list[Shard], summaries: list[ShardSummary]) -> Ite
 
 
 def _write_bins(
-    workers: LocalWorkers,
+    workers: Workers,
     shard_tasks: list[ShardTask],
     summaries: list[ShardSummary],
     settings: Settings,
     info: TokenizerInfo,
     run_key: str,
+    run_id: str,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Deals the documents to bins, has them written, and returns the content of `stats.json`."""
@@ -330,7 +356,7 @@ def _write_bins(
             + (f"ask for at most {len(num_pieces)} bins" if len(num_pieces) else "nothing is left to write")
         )
     documents, document_bounds = deal_documents(strata, settings.num_bins, settings.seed)
-    plan_dir = settings.cache_dir / "plan"
+    plan_dir = settings.cache_dir.absolute() / "plan"
     bounds = _write_plan(plan_dir, piece_lengths, num_pieces, documents, document_bounds)
     shards_file = plan_dir / "shards.json"
     write_json(
@@ -344,10 +370,12 @@ def _write_bins(
             end_piece=bounds[index + 1],
             plan_dir=str(plan_dir),
             shards_file=str(shards_file),
-            record_dir=str(settings.cache_dir / "bins"),
-            arrow_dir=str(settings.data_arrow_output_dir),
-            jsonl_dir=str(settings.jsonl_dir),
+            record_dir=str(settings.cache_dir.absolute() / "bins"),
+            arrow_dir=str(settings.data_arrow_output_dir.absolute()),
+            jsonl_dir=str(settings.jsonl_dir.absolute()),
+            run_file=str(settings.run_file.absolute()),
             run_key=run_key,
+            run_id=run_id,
             seed=settings.seed,
             max_length=settings.max_length,
             splice=settings.splice,
@@ -364,6 +392,7 @@ def _write_bins(
         for index, counts in workers.run(write_bin, tasks):
             bins[index] = counts
             bar.update(counts.tokens)
+    _remove_unfinished_parts(settings)
     return make_statistics(
         facts,
         _sum_categories(summaries),

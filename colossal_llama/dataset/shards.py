@@ -25,9 +25,12 @@ import numpy as np
 from colossal_llama.dataset.jsonl import BadRecord, Shard, parse_object, read_lines
 from colossal_llama.dataset.statistics import Counts
 from colossal_llama.dataset.tokenization import EncoderSpec, RecordEncoder, load_encoder
+from colossal_llama.utils.files import aside_path, wait_for_file
 
 CACHE_FORMAT = 1
-CACHE_NAME = re.compile(r"[0-9a-f]{24}(\.\d+\.tmp|\.tokens|\.npz)")
+CACHE_NAME = re.compile(
+    r"[0-9a-f]{24}(\.\d+\.tmp|\.tokens|\.npz)|\.[0-9a-f]{24}\.(tokens|npz)\.[0-9a-f]{16}\.tmp"
+)
 MAX_LISTED_BAD_RECORDS = 20
 # A batch's encodings (some 300 bytes a token) are all in memory at once.
 BATCH_CHARACTERS = 1 << 19
@@ -36,12 +39,15 @@ BATCH_RECORDS = 1024
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Encode one shard into `cache_dir`, or (`check_only`) read its records and nothing else."""
+    """Encode one shard into `cache_dir` (an absolute path), or (`check_only`) only read its records."""
 
     shard: Shard
     spec: EncoderSpec
     cache_dir: str
     check_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.shard.path}, bytes {self.shard.start:,} to {self.shard.end:,}"
 
     @property
     def key(self) -> str:
@@ -81,7 +87,11 @@ class ShardTable:
 
 
 def encode_shard(task: ShardTask) -> ShardSummary:
-    """Encodes a shard, unless it is in the cache; returns its summary."""
+    """Encodes a shard, unless it is in the cache; returns its summary.
+
+    It may run twice at once, when a worker that was given up for dead is not: both write the same bytes under
+    names of their own, and rename.
+    """
     if (finished := _read_finished(task)) is not None:
         return finished
     encoder = load_encoder(task.spec)
@@ -94,7 +104,7 @@ def encode_shard(task: ShardTask) -> ShardSummary:
     num_pieces: list[int] = []
     category_ids: list[int] = []
     category_index: dict[str, int] = {}
-    aside = task.tokens_path.with_suffix(f".{os.getpid()}.tmp")
+    aside = aside_path(task.tokens_path)
     try:
         with open(aside, "wb") as file:
             for records in _read_batches(task.shard, encoder, summary):
@@ -136,7 +146,7 @@ def read_summary(task: ShardTask) -> ShardSummary:
 
 
 def read_table(task: ShardTask) -> ShardTable:
-    with np.load(task.table_path) as arrays:
+    with np.load(wait_for_file(task.table_path)) as arrays:
         return ShardTable(
             arrays["piece_lengths"],
             arrays["num_pieces"],
@@ -188,7 +198,7 @@ def _write_table(task: ShardTask, table: ShardTable, summary: ShardSummary) -> N
     def as_bytes(value: Any) -> np.ndarray:
         return np.frombuffer(json.dumps(value, default=vars).encode(), dtype=np.uint8)
 
-    aside = task.table_path.with_suffix(f".{os.getpid()}.tmp")
+    aside = aside_path(task.table_path)
     try:
         with open(aside, "wb") as file:
             np.savez(

@@ -1,7 +1,7 @@
 """The seam between what is done and where: "run this function over these tasks".
 
 Functions are importable by name, tasks and results are small and picklable (file names, lengths, counts): the
-corpus itself only moves through files. Other places to run than this machine's processes plug in here.
+corpus itself only moves through files. This machine's processes are here, a Ray cluster's in `ray_workers`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,36 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+from colossal_llama.dataset.node_check import remove_token_files
+from colossal_llama.dataset.storage import InputFile
 from colossal_llama.utils.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+class Workers(Protocol):
+    """Where tasks run; a context manager."""
+
+    def __enter__(self) -> Workers: ...
+
+    def __exit__(self, *exception: Any) -> None: ...
+
+    def check_storage(self, output_dirs: Sequence[Path], files: Sequence[InputFile]) -> None:
+        """Makes sure that every worker sees these; raises `UserError`."""
+
+    def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[int, Result]]:
+        """Yields `(index of the task, function(task))` as they finish, in any order.
+
+        At most two tasks a worker are under way: results that nobody has taken do not pile up, and a task may
+        depend on results that have been taken.
+        """
+
+    def describe_nodes(self) -> str:
+        """A table of what each machine did; empty where there is only this one."""
 
 
 class LocalWorkers:
@@ -51,12 +75,15 @@ class LocalWorkers:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[int, Result]]:
-        """Yields `(index of the task, function(task))` as they finish, in any order.
+    def check_storage(self, output_dirs: Sequence[Path], files: Sequence[InputFile]) -> None:
+        """Other processes of this machine see what this one sees."""
+        remove_token_files(output_dirs)
 
-        At most two tasks a worker are under way: results that nobody has taken do not pile up, and a task may
-        depend on results that have been taken.
-        """
+    def describe_nodes(self) -> str:
+        return ""
+
+    def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[int, Result]]:
+        """See `Workers.run`."""
         if self._pool is None:
             for index, task in enumerate(tasks):
                 yield index, function(task)
@@ -79,11 +106,17 @@ class LocalWorkers:
             ) from None
 
 
-def open_workers(ray_address: str, num_workers: int, functions: Sequence[Callable]) -> LocalWorkers:
-    """Where the tasks run: `none` is this machine's processes."""
+def open_workers(ray_address: str, num_workers: int | None, functions: Sequence[Callable]) -> Workers:
+    """Where the tasks run: `none` is this machine's processes, anything else a Ray cluster.
+
+    Args:
+        num_workers: tasks at a time; None is as many as there are cores.
+    """
     if ray_address != "none":
-        raise UserError(f"--ray_address {ray_address}: not available yet; use --ray_address none")
-    return LocalWorkers(num_workers, functions)
+        from colossal_llama.dataset.ray_workers import RayWorkers
+
+        return RayWorkers(ray_address, num_workers)
+    return LocalWorkers(num_workers or len(os.sched_getaffinity(0)), functions)
 
 
 def _start_worker(functions: Sequence[Callable]) -> None:

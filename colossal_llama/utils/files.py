@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import secrets
+import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,62 @@ from typing import Any
 from colossal_llama.utils.errors import UserError
 
 
+def aside_path(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else, on any machine, writes to: `.NAME.HEX.tmp`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def wait_for_file(path: Path, seconds: float = 60.0) -> Path:
+    """`path`, once it can be seen.
+
+    A network file system may hide for a while (NFS: up to a minute) what another machine has just made;
+    listing the directory brings it up to date.
+
+    Raises:
+        FileNotFoundError: it was not there in all that time.
+    """
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            os.listdir(path.parent)
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        time.sleep(0.1)
+    return path
+
+
+def replace_path(aside: Path, final: Path) -> None:
+    """Renames a file or directory to a name that may be taken; whoever was there first is removed.
+
+    Several processes may do this at the same time: the last one stays, whole.
+    """
+    while True:
+        trash = aside_path(final)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(final, trash)
+        try:
+            os.replace(aside, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        finally:
+            remove_path(trash)
+
+
+def remove_path(path: Path) -> None:
+    """Removes a file or a whole directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Writes aside, fsyncs, renames: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = aside_path(path)
     try:
         with open(aside, "w", encoding="utf-8") as file:
             file.write(text)

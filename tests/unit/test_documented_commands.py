@@ -112,8 +112,11 @@ def create_inputs(arguments: list[str]) -> None:
                 (path / "config.json").touch()
 
 
-# Other programs' commands, which nothing here can parse: package managers, shells, vLLM, llama.cpp.
-UNPARSED = {"pip", "bash", "cp", "git", "vllm", "./build/bin/llama-quantize", "./build/bin/llama-cli"}
+# Commands of other programs, which nothing here can parse.
+UNPARSED = {"pip", "bash", "cp", "git", "ray", "sbatch", "vllm"} | {
+    "./build/bin/llama-quantize",
+    "./build/bin/llama-cli",
+}
 UNPARSED_SCRIPTS = {"convert_hf_to_gguf.py", "convert_lora_to_gguf.py"}
 
 
@@ -177,7 +180,7 @@ def test_commands_in_documents(document: Path, capsys: pytest.CaptureFixture) ->
             OTHER_PROGRAMS[words[0]](words)
         else:
             assert words in checked or is_unparsed(words), f"neither parsed nor known: {shlex.join(words)}"
-        if words[0] == "bash" and not words[1].startswith("-"):
+        if words[0] in ("bash", "sbatch") and not words[1].startswith("-"):
             assert (ROOT / words[1]).is_file(), words
     if document.name == "README.md" and document.parent == ROOT:
         assert {script_and_arguments(words)[0] for words in checked} == set(SCRIPTS)

@@ -463,6 +463,14 @@ def test_all_problems_with_parts_are_reported_together(tmp_path: Path) -> None:
     assert "--tokenizer_dir" in second
 
 
+def test_a_part_given_twice_is_refused(tmp_path: Path) -> None:
+    part = write_part(tmp_path / "arrow" / "part-00000", [make_row([[1, 2]])])
+    (tmp_path / "link").symlink_to(tmp_path / "arrow")
+    for again in (part, tmp_path / "arrow", tmp_path / "link" / "part-00000"):
+        with pytest.raises(UserError, match="part-00000: given twice; its rows would count twice"):
+            find_part_directories([tmp_path / "arrow", again])
+
+
 def test_parts_that_cannot_be_read_are_named_together(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "part-00000"))
     broken = write_part(tmp_path / "part-00001", [make_row([[1]])])

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,14 @@ import pytest
 from corpus import sample_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ROOT
 from transformers import AutoTokenizer
 
 from colossal_llama.dataset import bins, jsonl, preparation, shards
 from colossal_llama.dataset.bins import deal_documents
 from colossal_llama.dataset.conversation import find_special_tokens
 from colossal_llama.dataset.preparation import Settings, prepare
+from colossal_llama.dataset.storage import stat_file
 from colossal_llama.dataset.tokenization import EncoderSpec
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.utils.errors import UserError
@@ -269,7 +275,7 @@ def test_bad_records_are_all_reported_with_their_lines(
     lines.insert(200, "")
     path.write_text("\n".join(lines))
     write_records(corpus[1] / "z.jsonl", [{"source": ""}])
-    assert len(jsonl.make_shards([[path]])) > 2
+    assert len(jsonl.make_shards([[stat_file(str(path))]])) > 2
     with pytest.raises(UserError) as caught:
         run(corpus)
     problems = caught.value.problems
@@ -361,6 +367,81 @@ def test_a_run_that_died_between_bins_goes_on(
     assert not encoded  # every shard came from the cache
 
 
+def test_tasks_that_run_twice_at_once_and_too_late(
+    corpus: list[Path], run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that was given up for dead may still be at work while another does the same again."""
+    run(corpus, "whole")
+    shard_tasks: list[shards.ShardTask] = []
+    bin_tasks: list[bins.BinTask] = []
+
+    def encode_twice(task: shards.ShardTask) -> shards.ShardSummary:
+        shard_tasks.append(task)
+        with ThreadPoolExecutor() as pool:
+            one, other = pool.map(shards.encode_shard, [task, task])
+        assert one == other
+        return one
+
+    def write_twice(task: bins.BinTask) -> Any:
+        bin_tasks.append(task)
+        with ThreadPoolExecutor() as pool:
+            one, other = pool.map(bins.write_bin, [task, task])
+        assert one == other
+        return one
+
+    monkeypatch.setattr(preparation, "encode_shard", encode_twice)
+    monkeypatch.setattr(preparation, "write_bin", write_twice)
+    run(corpus)
+    monkeypatch.undo()
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
+    monkeypatch.setattr(jsonl, "MIN_SHARD_BYTES", 20_000)
+    run(corpus, seed=43, overwrite=True)
+    after = read_bytes(tmp_path / "out")
+    with pytest.raises(UserError, match="another run has taken over"):
+        bins.write_bin(bin_tasks[0])
+    assert read_bytes(tmp_path / "out") == after
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    for path in [shard_tasks[0].cache_dir, *dataclasses.asdict(bin_tasks[0]).values()]:
+        assert not isinstance(path, str) or "/" not in path or Path(path).is_absolute()
+
+
+@pytest.mark.parametrize(("hard", "max_open"), [(4096, 3000), (600, 344), (100, 1)])
+def test_as_many_shards_are_open_as_the_system_allows(hard: int, max_open: int) -> None:
+    code = (
+        "import resource\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, {hard}), {hard}))\n"
+        "from colossal_llama.dataset.bins import _allow_open_files\n"
+        "print(_allow_open_files(3000))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert int(result.stdout) == max_open
+
+
+def test_tasks_hold_names_and_lengths_only(
+    corpus: list[Path], run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a task and its result weigh does not grow with the corpus."""
+    sizes: dict[int, list[int]] = {}
+
+    def weigh(function: Callable[[Any], Any], number: int) -> Callable[[Any], Any]:
+        def run_and_weigh(task: Any) -> Any:
+            result = function(task)
+            sizes.setdefault(number, []).append(len(pickle.dumps((task, result))))
+            return result
+
+        return run_and_weigh
+
+    write_records(tmp_path / "large" / "x.jsonl", make_records(3000, seed=1))
+    monkeypatch.setattr(jsonl, "MIN_SHARD_BYTES", 1 << 30)
+    for number, inputs in enumerate((corpus[:1], [tmp_path / "large"])):
+        monkeypatch.setattr(preparation, "encode_shard", weigh(shards.encode_shard, number))
+        monkeypatch.setattr(preparation, "write_bin", weigh(bins.write_bin, number))
+        run(inputs, f"out{number}")
+    assert max(sizes[1]) < 1.1 * max(sizes[0]) < 10_000
+
+
 def test_damaged_cache_is_encoded_again(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
     run(corpus)
     before = read_bytes(tmp_path / "out")
@@ -413,11 +494,6 @@ def test_nothing_left_to_write(run: Prepare, tmp_path: Path) -> None:
     write_records(tmp_path / "in" / "x.jsonl", [{"source": "", "target": "", "category": "a"}])
     with pytest.raises(UserError, match="nothing is left to write"):
         run([tmp_path / "in"], num_bins=1)
-
-
-def test_ray_is_refused_for_now(corpus: list[Path], run: Prepare) -> None:
-    with pytest.raises(UserError, match="--ray_address auto: not available yet"):
-        run(corpus, ray_address="auto")
 
 
 def test_a_directory_without_tokenizer(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import locked_directory, read_json, write_json, write_text_atomically
+from colossal_llama.utils.files import (
+    aside_path,
+    locked_directory,
+    read_json,
+    replace_path,
+    wait_for_file,
+    write_json,
+    write_text_atomically,
+)
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -128,3 +137,41 @@ def test_the_lock_ends_with_its_block(tmp_path: Path) -> None:
         raise RuntimeError
     with locked_directory(tmp_path, "a test"):
         pass
+
+
+def test_a_file_that_comes_into_sight_later(tmp_path: Path) -> None:
+    path = tmp_path / "late"
+    timer = threading.Timer(0.3, path.touch)
+    timer.start()
+    assert wait_for_file(path, seconds=20) == path
+    timer.join()
+    with pytest.raises(FileNotFoundError, match="never"):
+        wait_for_file(tmp_path / "gone" / "never", seconds=0.2)
+
+
+def test_replacing_a_directory_by_several_at_once(tmp_path: Path) -> None:
+    """Whoever comes last stays, whole; nobody fails and nothing else is left."""
+    final = tmp_path / "part"
+    barrier = threading.Barrier(8)
+    failures = []
+
+    def replace(number: int) -> None:
+        for turn in range(20):
+            aside = aside_path(final)
+            aside.mkdir()
+            for name in "ab":
+                (aside / name).write_text(f"{number} {turn}")
+            barrier.wait(30)
+            try:
+                replace_path(aside, final)
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=replace, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+    assert (final / "a").read_text() == (final / "b").read_text()
