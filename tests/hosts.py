@@ -1,7 +1,8 @@
-"""Two hosts on one machine: network, process, mount and host-name namespaces of their own, each with an sshd.
+"""Two hosts on one machine: network, process, mount and name namespaces of their own, each with an sshd.
 
-They share files (as a cluster shares storage) but for `~/.ssh`, `/etc/hosts` and `/run`, and reach each other over
-`eth0` alone. What runs on one sees no process of the other, and powering a host off kills all that runs there.
+They share files (as a cluster shares storage) but for `~/.ssh`, `/etc/hosts` and `/run`, and reach each
+other over `eth0` alone. What runs on one sees no process of the other; powering a host off kills all that runs
+there.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def _connect(hosts: Sequence[Host]) -> None:
 
 @contextlib.contextmanager
 def two_hosts(directory: Path) -> Iterator[tuple[Host, Host]]:
-    """Boots host-a and host-b, connected, each reachable from both by `ssh NAME`; ends all that runs on them."""
+    """Boots host-a and host-b, each reachable from both by `ssh NAME`; ends all that runs on them."""
     ssh_home = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".ssh"
     ssh_home.mkdir(mode=0o700, exist_ok=True)  # only a place to mount on
     ssh = directory / "ssh"

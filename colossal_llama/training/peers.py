@@ -1,8 +1,8 @@
 """The other processes and hosts of a run: noticing that they are gone, and saying so in one line.
 
-A process that dies closes its connections, and gloo's collectives fail at once where they are. NCCL's wait, and so
-does everything when a host loses power or its network. So the first process of every host keeps a counter
-going in the launcher's store on the first host, and the first host looks at all of them.
+A process that dies closes its connections, and gloo's collectives fail at once. NCCL's wait, and so does
+everything when a host loses power or its network. So the first process of every host keeps a counter going in
+the launcher's store on the first host, and the first host looks at all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ LOST_PEER_EXIT_CODE = 1
 # Counters move this often, or six times within the timeout.
 MAX_INTERVAL_SECONDS = 5.0
 REMEDY = (
-    "start the same command again: --load_checkpoint latest goes on from the last complete checkpoint of --save_dir"
+    "start the same command again: --load_checkpoint latest goes on from the last complete checkpoint "
+    "of --save_dir"
 )
 # What collectives say when the process at the other end is gone.
 _GLOO_TRANSPORT = "gloo/transport"
@@ -54,7 +55,7 @@ def host_timeout() -> float:
 
 @contextlib.contextmanager
 def watched_peers() -> Iterator[None]:
-    """Around training: ends this process when another host is lost, and turns lost connections into a `UserError`.
+    """Around training: ends this process when another host is lost; lost connections become a `UserError`.
 
     Processes on one host need no watch: their launcher sees each of them.
     """
@@ -73,7 +74,8 @@ def watched_peers() -> Iterator[None]:
             raise
         raise UserError(
             f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: lost the connection to another "
-            f"process ({line}); it was killed, failed, or is out of reach, and its own messages say why; {REMEDY}",
+            f"process ({line}); it was killed, failed, or is out of reach, and its own messages say why; "
+            f"{REMEDY}",
             this_rank_only=True,
             exit_code=LOST_PEER_EXIT_CODE,
         ) from error
@@ -94,8 +96,9 @@ def describe_lost_peer(error: RuntimeError) -> str | None:
 class HostWatch:
     """Signs of life between hosts, through the store that every worker has joined already.
 
-    Each host sets `host-<number>` to "<count> <name>", or to "failed <name>" or "left <name>" at its end. The first
-    host judges; the others read its verdict. The first host itself is lost when its store does not answer.
+    Each host sets `host-<number>` to "<count> <name>", or to "failed <name>" or "left <name>" at its end.
+    The first host judges; the others read its verdict. The first host itself is lost when its store does not
+    answer.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -163,7 +166,8 @@ class HostWatch:
             silence = time.monotonic() - self._answered
             if silence > self.timeout + 2 * self.interval:
                 self._end(
-                    f"{self.first_host}: no answer for {silence:.0f} s from the first host; it or the network has failed"
+                    f"{self.first_host}: no answer for {silence:.0f} s from the first host; it or the "
+                    "network has failed"
                 )
 
     def _end(self, verdict: str, delay: float = 0.0) -> None:
@@ -179,7 +183,7 @@ class _Judge:
     def __init__(self, watch: HostWatch, store: TCPStore) -> None:
         self._watch, self._store = watch, store
         now = time.monotonic()
-        self._last = {number: ("", now) for number in range(1, watch.num_hosts)}
+        self._last = dict.fromkeys(range(1, watch.num_hosts), ("", now))
 
     def verdict(self) -> str | None:
         """Looks at every host once; a verdict is published before it is returned."""
@@ -205,5 +209,6 @@ class _Judge:
         if now - since <= self._watch.timeout:
             return None
         return (
-            f"{name or f'host number {number}'}: no sign of life for {now - since:.0f} s; it or the network has failed"
+            f"{name or f'host number {number}'}: no sign of life for {now - since:.0f} s; it or the network "
+            "has failed"
         )
