@@ -1,8 +1,8 @@
 """Two hosts on one machine: network, process, mount and name namespaces of their own, each with an sshd.
 
 They share files (as a cluster shares storage) but for `~/.ssh`, `/etc/hosts` and `/run`, and reach each
-other over `eth0` alone. What runs on one sees no process of the other; powering a host off kills all that runs
-there.
+other over `eth0` alone. What runs on one sees no process of the other; powering a host off kills all that
+runs there.
 """
 
 from __future__ import annotations

@@ -10,12 +10,15 @@ from colossal_llama.utils.errors import UserError
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:-]*[A-Za-z0-9])?")
 
 
-def read_hostfile(path: Path) -> list[str]:
-    """Hosts in the file's order; the first one is the master.
+def read_hostfile(path: Path) -> tuple[list[str], list[str]]:
+    """Hosts in the file's order, the first one being the master; and what is wrong with the file.
+
+    Returns:
+        (hosts, problems): a problem is what `colossalai run` would stumble over, with its line: comments, slots,
+        user names, hosts listed twice. Blank lines are fine.
 
     Raises:
-        UserError: what `colossalai run` would stumble over, each with its line: comments, slots, user names,
-            hosts listed twice. Blank lines are fine.
+        UserError: the file can't be read, or holds no host at all.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -32,12 +35,11 @@ def read_hostfile(path: Path) -> list[str]:
             problems.append(f'{path}:{number}: "{name}": {_complaint(name)}')
         elif name in lines:
             problems.append(f"{path}:{number}: {name}: listed twice, first in line {lines[name]}; remove one")
-        lines.setdefault(name, number)
+        else:
+            lines[name] = number
     if not lines:
-        problems.append(f"{path}: no host in it; list one a line")
-    if problems:
-        raise UserError(problems)
-    return list(lines)
+        raise UserError([*problems, f"{path}: no host in it; list one a line"])
+    return list(lines), problems
 
 
 def _complaint(name: str) -> str:

@@ -78,14 +78,14 @@ def _is_local(flag: str, path: str) -> bool:
 
 def main() -> int:
     args = build_parser().parse_args()
-    hosts = ["localhost"] if args.hostfile is None else read_hostfile(args.hostfile)
+    hosts, problems = (["localhost"], []) if args.hostfile is None else read_hostfile(args.hostfile)
     directories = directories_of(args.training)
     with token_file(directories.save_dir, is_needed=len(hosts) > 1) as token:
         answers = Asker(args, hosts, directories).ask_all(token)
     print(format_answers(answers, directories), flush=True)
     for doubt in find_doubts(answers):
         warn(doubt)
-    problems = find_problems(answers, args, directories)
+    problems += find_problems(answers, args, directories)
     if problems:
         raise UserError(problems)
     return 0
