@@ -189,3 +189,141 @@ def test_stopped_killed_and_resumed_on_two_hosts(filled_in, hosts, one_host):
     launch.wait(timeout=120)
     assert launch.process.returncode == 0, launch.text()[-4000:]
     assert_same_training(launch.run, one_host)
+
+
+def test_torchrun_on_each_host(tmp_path, hosts, training_inputs, one_host):
+    run = Run(tmp_path, 0, "")
+    outputs = ["--save_dir", run.save_dir, "--tensorboard_dir", tmp_path / "logs"]
+    started = [
+        host.start(
+            *("bash", "examples/launch/torchrun.sh", *training_flags(training_inputs), *outputs),
+            *("--config_file", tmp_path / "config.json", "--num_workers", 0),
+            output=tmp_path / f"{host.name}.txt",
+            env={
+                **host_environment(),
+                **{"MASTER_ADDR": "host-a", "NNODES": "2", "NODE_RANK": str(rank), "NPROC_PER_NODE": "1"},
+            },
+        )
+        for rank, host in enumerate(hosts)
+    ]
+    for host, process in zip(hosts, started, strict=True):
+        assert process.wait(timeout=240) == 0, (tmp_path / f"{host.name}.txt").read_text()[-3000:]
+    assert_same_training(run, one_host)
+
+
+PREFLIGHT = ("python", "colossal_llama/launch/preflight.py", "--nproc_per_node", 1, "--timeout", 5)
+
+
+def test_preflight_of_two_good_hosts(tmp_path, hosts, training_inputs):
+    (tmp_path / "hostfile").write_text("host-a\n\n  host-b\n")
+    save_dir = tmp_path / "runs" / "first"
+    checked = hosts[0].run(
+        *(*PREFLIGHT, "--hostfile", tmp_path / "hostfile", "train.py", "--save_dir", save_dir),
+        *training_flags(training_inputs),
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stderr == ""
+    header, _, *lines = checked.stdout.splitlines()
+    assert header.split()[:5] == ["host", "ssh", "Python", "torch", "colossalai"]
+    for line, address in zip(lines, ("10.77.0.1", "10.77.0.2"), strict=True):
+        assert "  ok  " in line
+        assert "  2 of 2  " in line
+        assert "  shared  " in line
+        assert f"  eth0 {address}  " in line
+    assert not save_dir.parent.exists(), "the check leaves nothing behind"
+
+
+def test_preflight_names_every_problem_of_every_host(tmp_path, hosts, training_inputs):
+    """host-b has other sources, no data, and storage of its own; host-a's port is taken; and a comment."""
+    save_dir = tmp_path / "runs"
+    save_dir.mkdir()
+    (tmp_path / "version.txt").write_text("0.0.9\n")
+    (tmp_path / "changed.py").write_text("# older\n")
+    for mount in (
+        f"mount --bind {tmp_path}/version.txt version.txt",
+        f"mount --bind {tmp_path}/changed.py train.py",
+        f"mount -t tmpfs tmpfs {training_inputs.data}",
+        f"mount -t tmpfs tmpfs {save_dir}",
+    ):
+        assert hosts[1].run("bash", "-c", mount).returncode == 0
+    listener = hosts[0].start(
+        *("python", "-c", "import socket, time; s = socket.create_server(('', 29500)); time.sleep(99)"),
+        output=tmp_path / "listener.txt",
+    )
+    wait_until(
+        lambda: bool(hosts[0].run("ss", "-Hltn", "sport = 29500").stdout), listener, tmp_path / "listener.txt"
+    )
+    (tmp_path / "hostfile").write_text("host-a # the first\nhost-a\nhost-b\nhost-c\n")
+    checked = hosts[0].run(
+        *(*PREFLIGHT, "--hostfile", tmp_path / "hostfile", "train.py", "--save_dir", save_dir),
+        *training_flags(training_inputs),
+        env={**host_environment(), "GLOO_SOCKET_IFNAME": "eth9"},
+    )
+    listener.kill()
+    assert checked.returncode == 2
+    assert [line.split()[0] for line in checked.stdout.splitlines()[2:]] == ["host-a", "host-b", "host-c"]
+    problems = checked.stderr.splitlines()
+    for expected in (
+        r'hostfile:1: "host-a # the first": `colossalai run` takes comments for host names',
+        r"host-a: port 29500: Address already in use; choose another with --master_port",
+        r"host-a: GLOO_SOCKET_IFNAME=eth9: no such interface .*; it has lo, eth0",
+        r"host-b: GLOO_SOCKET_IFNAME=eth9: no such interface .*; it has lo, eth0",
+        r"host-b: project 0\.0\.9 \(\w+\), host-a has 0\.1\.0 \(\w+\); bring the sources to the same state",
+        r"host-b: --dataset \S+/part-00000: no such directory; mount the storage there, or copy it",
+        r"host-b: --save_dir \S+: a file written here is not seen there; checkpoints need storage",
+        r"host-c: ssh failed \(.*host-c.*\); correct the name in the hostfile",
+    ):
+        matching = [line for line in problems if re.search(expected, line)]
+        assert len(matching) == 1, (expected, problems)
+        problems.remove(matching[0])
+    assert problems == []
+
+
+def test_host_without_ssh_is_found_before_anything_starts(filled_in, hosts):
+    hosts[1].stop_sshd()
+    launch = Launch(filled_in, hosts)
+    launch.wait(timeout=30)
+    assert launch.process.returncode == 2
+    assert (
+        "error: host-b: ssh failed (ssh: connect to host host-b port 22: Connection refused)" in launch.text()
+    )
+    assert "Starting:" not in launch.text()
+
+
+def test_host_whose_ssh_never_answers_costs_no_more_than_the_time_limit(tmp_path, hosts):
+    (tmp_path / "hostfile").write_text(HOSTFILE)
+    assert hosts[1].run("bash", "-c", "kill -STOP $(cat /run/sshd.pid)").returncode == 0
+    started = time.monotonic()
+    checked = hosts[0].run(*PREFLIGHT, "--hostfile", tmp_path / "hostfile")
+    assert checked.returncode == 2
+    assert re.search(r"error: host-b: ssh failed \(.*timed out.*\); is it up", checked.stderr)
+    assert time.monotonic() - started < 5 + 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_host_that_loses_power_in_the_middle_of_training(lost, filled_in, hosts):
+    """Nothing closes connections: signs of life are missing, on whichever host is left."""
+    launch = Launch(
+        filled_in,
+        hosts,
+        COLOSSAL_LLAMA_HOST_TIMEOUT=6,
+        FAILURE_GRACE_SECONDS=5,
+        STOP_GRACE_SECONDS=5,
+    )
+    launch.wait_for_step(7)
+    started = time.monotonic()
+    if lost == 1:
+        hosts[1].power_off()
+        seconds = launch.wait(timeout=60)
+        text = launch.text()
+        assert launch.process.returncode != 0, text[-4000:]
+        assert "error: host-a stops: host-b: no sign of life for" in text
+        assert "error: host-a: its processes have ended with an error" in text
+        assert "killing what is left" in text
+        assert re.search(r"Last complete checkpoint: \S+/epoch-\d+_step-\d+;", text)
+    else:
+        hosts[0].power_off()
+        wait_until_gone(hosts[1:], timeout=60)
+        seconds = time.monotonic() - started
+    print(f"all ended {seconds:.1f} s after {hosts[lost].name} lost its power")
