@@ -95,8 +95,11 @@ class Host:
 
     def pids(self, *words: str) -> list[int]:
         """Processes of the host whose command line holds all `words`, as this machine numbers them."""
-        namespace = os.readlink(f"/proc/{self.first_pid}/ns/pid")
-        found = []
+        found: list[int] = []
+        try:
+            namespace = os.readlink(f"/proc/{self.first_pid}/ns/pid")
+        except FileNotFoundError:  # powered off
+            return found
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
