@@ -14,8 +14,8 @@ def read_hostfile(path: Path) -> tuple[list[str], list[str]]:
     """Hosts in the file's order, the first one being the master; and what is wrong with the file.
 
     Returns:
-        (hosts, problems): a problem is what `colossalai run` would stumble over, with its line: comments, slots,
-        user names, hosts listed twice. Blank lines are fine.
+        (hosts, problems): a problem is what `colossalai run` would stumble over, with its line: comments,
+        slots, user names, hosts listed twice. Blank lines are fine.
 
     Raises:
         UserError: the file can't be read, or holds no host at all.

@@ -327,3 +327,71 @@ def test_host_that_loses_power_in_the_middle_of_training(lost, filled_in, hosts)
         wait_until_gone(hosts[1:], timeout=60)
         seconds = time.monotonic() - started
     print(f"all ended {seconds:.1f} s after {hosts[lost].name} lost its power")
+
+
+SRUN = """#!/usr/bin/env bash
+# A step on two nodes: the command on each of them, over ssh.
+while [[ $1 == --* ]]; do shift; done
+code=0
+for node in 0 1; do
+    words=$(printf '%q ' env PATH="$PATH" PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS=1 MASTER_ADDR="$MASTER_ADDR" \\
+        MASTER_PORT="$MASTER_PORT" NNODES="$NNODES" NPROC_PER_NODE=1 SLURM_NODEID=$node "$@")
+    host=host-a; ((node == 0)) || host=host-b
+    ssh -o BatchMode=yes -o StrictHostKeyChecking=accept-new $host "cd $(printf %q "$PWD") && $words" </dev/null &
+done
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit $code
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == requeue ]]; then echo "$2" >>requeued; else printf '%s\\n' host-a host-b; fi
+"""
+
+
+@pytest.mark.slow
+def test_slurm_job_saves_before_its_time_limit_and_goes_on(clone, hosts, training_inputs, one_host):
+    """The batch script is real; stand-ins for Slurm's two commands run its steps on the two hosts."""
+    commands = clone / "bin"
+    commands.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    text = (clone / "examples/launch/slurm.sbatch").read_text()
+    values = {
+        "SAVE_DIR": clone / "checkpoints",
+        "TENSORBOARD_DIR": clone / "logs",
+        "CONFIG_FILE": clone / "config.json",
+        "PRETRAINED_MODEL_PATH": training_inputs.model,
+    }
+    for name, value in values.items():
+        text = text.replace(f'\n{name}=""', f'\n{name}="{value}"')
+    text = text.replace(
+        "declare -a dataset=(", f'declare -a dataset=("{training_inputs.data / "part-00000"}"'
+    )
+    for flag, value in {"max_length": 96, **FLAGS}.items():
+        text, count = re.subn(rf"^    --{flag} .*", f"    --{flag} {value}", text, flags=re.MULTILINE)
+        assert count == 1
+    (clone / "job.sbatch").write_text(text)
+    environment = {
+        **host_environment(),
+        **{"SLURM_SUBMIT_DIR": str(clone), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "host-[a-b]"},
+        "SLURM_JOB_NUM_NODES": "2",
+    }
+    environment["PATH"] = f"{commands}:{environment['PATH']}"
+
+    def submit(number: int) -> tuple[subprocess.Popen, Path]:
+        output = clone / f"slurm-{number}.log"
+        return hosts[0].start("bash", "job.sbatch", cwd=clone, output=output, env=environment), output
+
+    job, output = submit(1)
+    metrics = clone / "logs" / "metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 4, job, output)
+    (pid,) = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(pid), signal.SIGTERM)
+    job.wait(timeout=90)
+    wait_until_gone(hosts)
+    assert exit_codes(output.read_text()) == ["143", "143"], output.read_text()[-4000:]
+    assert (clone / "requeued").read_text() == "77\n"
+    job, output = submit(2)
+    assert job.wait(timeout=240) == 0, output.read_text()[-4000:]
+    assert "Resumed from" in output.read_text()
+    assert_same_training(Run(clone, 0, ""), one_host)
