@@ -156,7 +156,11 @@ def find_doubts(answers: list[Answer]) -> Iterator[str]:
     visible = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
     kinds = set()
     for answer in answers:
-        gpus = answer.facts["gpus"] if answer.facts is not None else []
+        if answer.facts is None:
+            continue
+        if answer.facts["pkill"] is None:
+            yield f"{answer.host}: no pkill there, which passes SIGTERM and Ctrl-C on; install procps"
+        gpus = answer.facts["gpus"]
         for index, gpu in enumerate(() if isinstance(gpus, str) else gpus):
             kinds.add(gpu["name"])
             if gpu["used"] > GPU_IN_USE * gpu["total"] and (not visible or str(index) in visible):

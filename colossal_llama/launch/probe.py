@@ -183,6 +183,7 @@ def probe(request: dict) -> dict:
         "python": platform.python_version(),
         "executable": sys.executable,
         "torchrun": shutil.which("torchrun"),
+        "pkill": shutil.which("pkill"),
         "packages": versions(),
         "gpus": gpus(),
         "interfaces": interfaces(),

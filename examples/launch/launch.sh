@@ -134,14 +134,14 @@ process_pattern() {
 # Runs the shell command $2 on every host until it succeeds there, $1 times at most, two seconds apart.
 on_every_host() {
     local host
-    if ! has_hostfile; then
+    if has_hostfile; then
+        for host in "${hosts[@]}"; do
+            start_helper until_success "$1" \
+                ssh -o BatchMode=yes -o ConnectTimeout=10 ${SSH_PORT:+-p "$SSH_PORT"} "$host" "$2"
+        done
+    else
         start_helper until_success "$1" bash -c "$2"
-        return
     fi
-    for host in "${hosts[@]}"; do
-        start_helper until_success "$1" \
-            ssh -o BatchMode=yes -o ConnectTimeout=10 ${SSH_PORT:+-p "$SSH_PORT"} "$host" "$2"
-    done
 }
 
 until_success() {
@@ -165,15 +165,16 @@ end_launchers() { on_every_host 1 "$(signal_command TERM '[^ ]*torchrun .*')"; }
 
 kill_hosts() { on_every_host 1 "$(signal_command KILL '([^ ]*torchrun .*|-u )')"; }
 
+# NOTE: in a trap, a bare `return` has the status of what the signal interrupted, and `set -e` ends the script.
 on_stop_signal() {
     if [[ -n $stopped_by ]]; then
         echo "$1 again: killing the processes of every host" >&2
         kill_hosts
-        return
+    else
+        stopped_by=$1
+        echo "$1: telling every host to save and stop; a second signal kills" >&2
+        ask_hosts_to_stop
     fi
-    stopped_by=$1
-    echo "$1: telling every host to save and stop; a second signal kills" >&2
-    ask_hosts_to_stop
 }
 
 on_failed_host() {
@@ -215,6 +216,7 @@ relay_output() {
 
 # The complete checkpoint with the highest step, if any.
 newest_checkpoint() {
+    [[ -d $save_dir ]] || return 0
     find "$save_dir" -mindepth 2 -maxdepth 2 -path '*/epoch-*_step-*/COMPLETE' -printf '%h\n' 2>/dev/null |
         awk -F_step- '$NF + 0 >= step { step = $NF + 0; name = $0 } END { print name }'
 }

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,20 @@ from launch import environment
 from support import ROOT
 
 
+def launch_environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**environment(), "PATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+
+
 def run(clone: Path, script: str) -> subprocess.CompletedProcess:
-    env = environment()
-    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env["GLOO_SOCKET_IFNAME"] = "lo"
     return subprocess.run(
-        ["bash", script], cwd=clone, env=env, capture_output=True, text=True, timeout=300, check=False
+        ["bash", script],
+        cwd=clone,
+        env=launch_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -31,6 +42,32 @@ def test_example_trains_once_its_variables_are_filled_in(example, clone, trainin
     assert (clone / "all runs" / "trial" / "modeling" / "model.safetensors").is_file()
     lines = (clone / "all logs" / "trial" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-1])["step"] == len(lines) > 0
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_host_saves_and_the_same_command_goes_on(clone, training_inputs):
+    fill_in(clone, "train.example.sh", training_inputs, flags={"num_epochs": 20})
+    metrics = clone / "all logs" / "trial" / "metrics.jsonl"
+    output = clone / "output.txt"
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            ["bash", "train.sh"],
+            cwd=clone,
+            env=launch_environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 180
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
+        assert process.poll() is None, output.read_text()[-3000:]
+        assert time.monotonic() < deadline, output.read_text()[-3000:]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    text = output.read_text()
+    assert "SIGTERM: every process has saved and exited with code 143" in text
+    assert re.search(r"Last complete checkpoint: .*/all runs/trial/epoch-\d+_step-\d+;", text)
 
 
 def test_everything_that_is_missing_is_listed_before_anything_starts(clone):

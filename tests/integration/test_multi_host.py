@@ -301,6 +301,35 @@ def test_host_whose_ssh_never_answers_costs_no_more_than_the_time_limit(tmp_path
 
 
 @pytest.mark.slow
+def test_sigterm_before_training_has_begun(filled_in, hosts):
+    """There is no process to signal yet; none may come up afterwards and train on."""
+    launch = Launch(filled_in, hosts)
+    wait_until(lambda: "Starting: colossalai run" in launch.text(), launch.process, launch.output)
+    os.kill(launch.script_pid(), signal.SIGTERM)
+    seconds = launch.wait(timeout=150)
+    print(f"the launch ended {seconds:.1f} s after SIGTERM")
+    assert launch.process.returncode == 143, launch.text()[-4000:]
+    assert "training has ended without saving" in launch.text() or "saved and exited" in launch.text()
+    assert launch.num_steps() < 3
+
+
+@pytest.mark.slow
+def test_second_signal_kills_processes_that_hang(filled_in, hosts):
+    launch = Launch(filled_in, hosts)
+    launch.wait_for_step(7)
+    for pid in hosts[1].training_pids():
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(launch.script_pid(), signal.SIGTERM)
+    time.sleep(3)
+    assert launch.process.poll() is None
+    os.kill(launch.script_pid(), signal.SIGTERM)
+    launch.wait(timeout=30)
+    assert launch.process.returncode == 143, launch.text()[-4000:]
+    assert "SIGTERM again: killing the processes of every host" in launch.text()
+    assert "training has ended without saving" in launch.text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_host_that_loses_power_in_the_middle_of_training(lost, filled_in, hosts):
     """Nothing closes connections: signs of life are missing, on whichever host is left."""
@@ -334,10 +363,11 @@ SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 code=0
 for node in 0 1; do
-    words=$(printf '%q ' env PATH="$PATH" PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS=1 MASTER_ADDR="$MASTER_ADDR" \\
-        MASTER_PORT="$MASTER_PORT" NNODES="$NNODES" NPROC_PER_NODE=1 SLURM_NODEID=$node "$@")
+    words=$(printf '%q ' env PATH="$PATH" PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS=1 NPROC_PER_NODE=1 \\
+        MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" NNODES="$NNODES" SLURM_NODEID=$node "$@")
     host=host-a; ((node == 0)) || host=host-b
-    ssh -o BatchMode=yes -o StrictHostKeyChecking=accept-new $host "cd $(printf %q "$PWD") && $words" </dev/null &
+    ssh -oBatchMode=yes -oStrictHostKeyChecking=accept-new $host "cd $(printf %q "$PWD") && $words" \\
+        </dev/null &
 done
 for job in $(jobs -p); do wait "$job" || code=$?; done
 exit $code

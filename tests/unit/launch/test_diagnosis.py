@@ -17,6 +17,7 @@ FACTS = {
     "python": "3.11.2",
     "executable": "/venv/bin/python",
     "torchrun": "/venv/bin/torchrun",
+    "pkill": "/usr/bin/pkill",
     "packages": {"torch": "2.5.1", "colossalai": "0.5.0", "transformers": "4.51.3", "datasets": "5.0.0"},
     "gpus": [GPU, GPU],
     "interfaces": {"lo": "127.0.0.1", "eth0": "10.0.0.1", "ib0": "10.1.0.1"},
@@ -119,6 +120,11 @@ def test_gpus_that_are_chosen_count(monkeypatch: pytest.MonkeyPatch) -> None:
         "a: 1 GPUs for --nproc_per_node 2",
         "b: 1 GPUs for --nproc_per_node 2",
     ]
+
+
+def test_a_host_without_pkill_deserves_a_look() -> None:
+    (doubt,) = find_doubts(answers(None, {"pkill": None}))
+    assert doubt.startswith("b: no pkill there")
 
 
 def test_doubts_and_the_table() -> None:
