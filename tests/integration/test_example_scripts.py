@@ -58,13 +58,16 @@ def test_sigterm_on_one_host_saves_and_the_same_command_goes_on(clone, training_
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    deadline = time.monotonic() + 180
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
-        assert process.poll() is None, output.read_text()[-3000:]
-        assert time.monotonic() < deadline, output.read_text()[-3000:]
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
+    try:
+        deadline = time.monotonic() + 180
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
+            assert process.poll() is None, output.read_text()[-3000:]
+            assert time.monotonic() < deadline, output.read_text()[-3000:]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    finally:
+        process.kill()  # when it still runs; what it started ends with its epochs
     text = output.read_text()
     assert "SIGTERM: every process has saved and exited with code 143" in text
     assert re.search(r"Last complete checkpoint: .*/all runs/trial/epoch-\d+_step-\d+;", text)
