@@ -23,7 +23,8 @@ declare -a dataset=(
 )
 HOSTFILE=""       # names of the hosts, one a line; empty: this machine alone
 NPROC_PER_NODE="" # processes on each host; empty: one a GPU, or two on a machine without
-MASTER_PORT=""    # port on the first host; empty: 29500, or a free one on a single host
+MASTER_PORT=""    # port on the first host; empty: 29500, or a free one on this machine alone
+SSH_PORT=""       # port of ssh on the hosts; empty: as ssh is configured
 
 require_settings PROJECT_NAME PARENT_SAVE_DIR PARENT_TENSORBOARD_DIR PARENT_CONFIG_FILE PRETRAINED_MODEL_PATH dataset
 report_problems

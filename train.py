@@ -17,7 +17,11 @@ def main() -> int:
     quieten_libraries()
     if args.dry_run:
         return dry_run(args)
-    return train(args, start_process(args))
+    from colossal_llama.training.peers import watched_peers
+
+    stop = start_process(args)
+    with watched_peers():
+        return train(args, stop)
 
 
 def dry_run(args: argparse.Namespace) -> int:

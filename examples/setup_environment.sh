@@ -107,3 +107,31 @@ _make_environment() {
     echo "error: no usable Python 3.10, 3.11 or 3.12 on PATH (tried python3.11, python3.12, python3.10, python3, python)" >&2
     return 2
 }
+
+# Installs the Debian packages of commands that are missing, given as pairs COMMAND PACKAGE; starts no service. Does
+# nothing but say so where that takes another user or another system.
+install_system_packages() {
+    local -a packages=()
+    while (($#)); do
+        PATH=$PATH:/usr/sbin command -v "$1" >/dev/null || packages+=("$2")
+        shift 2
+    done
+    ((${#packages[@]})) || return 0
+    if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
+        echo "Environment: without ${packages[*]} some tests are skipped (root on Debian or Ubuntu: apt install)"
+        return 0
+    fi
+    echo "Environment: apt-get install ${packages[*]}"
+    local policy=/usr/sbin/policy-rc.d made=
+    if [[ ! -e $policy ]]; then
+        made=$policy
+        printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy"
+    fi
+    _apt_install "${packages[@]}" || { apt-get update -qq >/dev/null && _apt_install "${packages[@]}"; } ||
+        echo "Environment: apt-get could not install them; some tests are skipped" >&2
+    [[ -z $made ]] || rm -f -- "$made"
+}
+
+_apt_install() {
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" </dev/null >/dev/null 2>&1
+}

@@ -24,7 +24,7 @@ LLAMA3_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-pytest_plugins = ["parity", "training_inputs"]
+pytest_plugins = ["parity", "training_inputs", "example_scripts", "hosts"]
 
 # Machines that run tests are shared: how long an example takes says nothing.
 settings.register_profile("shared_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -8,11 +8,13 @@ cd -- "$ROOT"
 # shellcheck source=examples/setup_environment.sh
 source examples/setup_environment.sh
 set_up_environment "$ROOT" test
+# For tests on several hosts; no Python package brings them.
+install_system_packages sshd openssh-server ip iproute2 pkill procps
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 export MPLBACKEND=Agg HF_HUB_OFFLINE=1
 
 ruff check .
 ruff format --check .
-shellcheck --external-sources -- *.sh tests/*.sh examples/*.sh examples/launch/*.sh .ci/run
+shellcheck --external-sources -- *.sh tests/*.sh examples/*.sh examples/launch/*.{sh,sbatch} .ci/run
 exec python -m pytest "$@" </dev/null

@@ -4,55 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from example_scripts import SETTINGS, fill_in
 from launch import environment
 from support import ROOT
 
-SETTINGS = ("PROJECT_NAME", "PARENT_SAVE_DIR", "PARENT_TENSORBOARD_DIR", "PARENT_CONFIG_FILE")
 
-
-@pytest.fixture
-def clone(tmp_path) -> Path:
-    """A directory that looks like the clone, where scripts can be filled in."""
-    directory = tmp_path / "clone"
-    directory.mkdir()
-    for name in ("train.py", "examples", "colossal_llama"):
-        (directory / name).symlink_to(ROOT / name)
-    return directory
+def launch_environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**environment(), "PATH": path, "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def run(clone: Path, script: str) -> subprocess.CompletedProcess:
-    env = environment()
-    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env["GLOO_SOCKET_IFNAME"] = "lo"
     return subprocess.run(
-        ["bash", script], cwd=clone, env=env, capture_output=True, text=True, timeout=300, check=False
+        ["bash", script],
+        cwd=clone,
+        env=launch_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
-
-
-def fill_in(clone: Path, example: str, training_inputs) -> None:
-    """Gives the variables values, spaces in them, and small shapes."""
-    text = (ROOT / example).read_text(encoding="utf-8")
-    values = {
-        "PROJECT_NAME": "trial",
-        "PARENT_SAVE_DIR": str(clone / "all runs"),
-        "PARENT_TENSORBOARD_DIR": str(clone / "all logs"),
-        "PARENT_CONFIG_FILE": str(clone / "configs"),
-        "PRETRAINED_MODEL_PATH": str(training_inputs.model),
-    }
-    for name, value in values.items():
-        assert f'{name}=""' in text
-        text = text.replace(f'{name}=""', f'{name}="{value}"')
-    text = text.replace(
-        "declare -a dataset=(", f'declare -a dataset=("{training_inputs.data / "part-00000"}"'
-    )
-    assert "--max_length 4096" in text
-    text = text.replace("--max_length 4096", "--max_length 96")
-    (clone / "train.sh").write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize("example", ["train.example.sh", "train_sft.example.sh"])
@@ -65,9 +44,38 @@ def test_example_trains_once_its_variables_are_filled_in(example, clone, trainin
     assert json.loads(lines[-1])["step"] == len(lines) > 0
 
 
+@pytest.mark.slow
+def test_sigterm_on_one_host_saves_and_the_same_command_goes_on(clone, training_inputs):
+    fill_in(clone, "train.example.sh", training_inputs, flags={"num_epochs": 20})
+    metrics = clone / "all logs" / "trial" / "metrics.jsonl"
+    output = clone / "output.txt"
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            ["bash", "train.sh"],
+            cwd=clone,
+            env=launch_environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
+            assert process.poll() is None, output.read_text()[-3000:]
+            assert time.monotonic() < deadline, output.read_text()[-3000:]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    finally:
+        process.kill()  # when it still runs; what it started ends with its epochs
+    text = output.read_text()
+    assert "SIGTERM: every process has saved and exited with code 143" in text
+    assert re.search(r"Last complete checkpoint: .*/all runs/trial/epoch-\d+_step-\d+;", text)
+
+
 def test_everything_that_is_missing_is_listed_before_anything_starts(clone):
     (clone / "train.sh").write_text((ROOT / "train.example.sh").read_text(encoding="utf-8"))
     finished = run(clone, "train.sh")
     assert finished.returncode == 2
-    for name in (*SETTINGS, "PRETRAINED_MODEL_PATH", "dataset"):
+    for name in (*SETTINGS, "dataset"):
         assert name in finished.stderr

@@ -23,6 +23,7 @@ SCRIPTS = [
     "prepare_pretrain_dataset.py",
     "prepare_sft_dataset.py",
     "train.py",
+    "colossal_llama/launch/preflight.py",
     "inference_example.py",
     "examples/make_base_model.py",
 ]
@@ -72,6 +73,8 @@ def split_commands(text: str) -> list[list[str]]:
 
 def script_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
     """`colossalai run --nproc_per_node 2 train.py --lr 1` -> ("train.py", ["--lr", "1"]); None for others."""
+    if words[:2] == ["bash", "examples/launch/torchrun.sh"]:
+        return "train.py", words[2:]
     if words[0] not in LAUNCHERS:
         return None
     rest = words[2:] if words[:2] == ["colossalai", "run"] else words[1:]
@@ -159,9 +162,11 @@ def assert_parses(words: list[str], capsys: pytest.CaptureFixture) -> None:
         return
     create_inputs(arguments)
     try:
-        parser_of(script).parse_args(arguments)
+        parsed = parser_of(script).parse_args(arguments)
     except SystemExit:
         pytest.fail(f"{shlex.join(words)}\n{capsys.readouterr().err}")
+    if script.endswith("preflight.py") and parsed.training:
+        assert_parses(["python", *parsed.training], capsys)
 
 
 @pytest.fixture(autouse=True)
@@ -280,20 +285,80 @@ def test_readme_lists_every_argument_with_its_default(script: str) -> None:
     assert not rows, f"README.md lists arguments that {script} does not have: {list(rows)}"
 
 
+def anchors_of(document: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    }
+
+
+def test_layout_tables_are_those_of_the_memory_model() -> None:
+    """A failure after a change of the model: run benchmarks/layout_table.py, and copy what it prints."""
+    tables = load_script(ROOT / "benchmarks/layout_table.py")
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    written = text.partition("<!-- python benchmarks/layout_table.py -->\n")[2]
+    written = written.partition("<!-- end of the tables -->")[0].strip()
+    memories = tables.build_parser().get_default("gpu_memory_gib")
+    assert written == "\n\n".join(tables.format_layouts(memory) for memory in memories)
+
+
+def test_layouts_of_the_tables_are_ones_that_train() -> None:
+    from colossal_llama.training.plan import check_layout
+
+    tables = load_script(ROOT / "benchmarks/layout_table.py")
+    for memory in (80, 40):
+        for model in tables.SHAPES:
+            for num_gpus in tables.NUM_GPUS:
+                choice = tables.choose_layout(model, num_gpus, memory)
+                if choice is not None:
+                    args = choice[0].parse()
+                    args.use_flash_attn = False  # whether the package is installed is not the question
+                    assert check_layout(args, tables.make_config(model), num_gpus) == []
+
+
+SBATCH = ROOT / "examples/launch/slurm.sbatch"
+
+
+def test_slurm_directives() -> None:
+    text = SBATCH.read_text(encoding="utf-8")
+    directives = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, flags=re.MULTILINE))
+    assert len(directives) == text.count("#SBATCH")
+    assert "requeue" in directives
+    assert directives["open-mode"] == "append", "a requeued job keeps its log"
+    assert directives["ntasks-per-node"] == "1", "a torchrun each"
+    assert re.fullmatch(r"B:TERM@\d+", directives["signal"]), "to the batch script, in time for a save"
+    first_command = re.search(r"^[^#\n]", text, flags=re.MULTILINE).start()
+    assert text.rfind("#SBATCH") < first_command, "Slurm reads no directive after the first command"
+
+
+def test_slurm_example(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The flags of train.py, with variables filled in."""
+    text = SBATCH.read_text(encoding="utf-8")
+    empty = subprocess.run(["bash", str(SBATCH)], capture_output=True, text=True)
+    assert empty.returncode == 2
+    assert empty.stderr.count("error: ") == 5
+    for name in ("SAVE_DIR", "TENSORBOARD_DIR", "CONFIG_FILE", "PRETRAINED_MODEL_PATH"):
+        text, count = re.subn(rf'^{name}=""', f'{name}="a {name.lower()}"', text, flags=re.MULTILINE)
+        assert count == 1
+    text = text.replace("declare -a dataset=(\n", 'declare -a dataset=(\n"data 1/arrow" "data 2/arrow"\n')
+    text = text.partition("# Slurm runs a copy")[0] + "printf '%s\\0' \"${flags[@]}\"\n"
+    result = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+    assert_parses(["python", "train.py", *result.stdout.split("\0")[:-1]], capsys)
+
+
 def test_links_of_documents_lead_somewhere() -> None:
     for document in DOCUMENTS:
         text = re.sub(
             r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
         )
-        anchors = {
-            re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-            for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
-        }
+        anchors = anchors_of(document)
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if target.startswith("http"):
                 continue
             path, _, anchor = target.partition("#")
             if path:
                 assert os.path.exists(document.parent / path), f"{document.name}: {target}"
-            elif anchor:
-                assert anchor in anchors, f"{document.name}: {target}"
+            if anchor and (not path or path.endswith(".md")):
+                linked = anchors_of(document.parent / path) if path else anchors
+                assert anchor in linked, f"{document.name}: {target}"

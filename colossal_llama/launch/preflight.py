@@ -1,0 +1,95 @@
+"""Checks hosts before training is launched on them: all problems at once, in seconds, before GPUs wait.
+
+    python colossal_llama/launch/preflight.py --hostfile hostfile --nproc_per_node 8 train.py --pretrained …
+
+takes the words of `colossalai run`. Each host is asked over ssh, all at the same time, by `probe.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from colossal_llama.launch.asking import Asker, Directories, token_file
+from colossal_llama.launch.diagnosis import find_doubts, find_problems, format_answers
+from colossal_llama.launch.hostfile import read_hostfile
+from colossal_llama.utils.arguments import ArgumentParser, number, positive_int
+from colossal_llama.utils.console import warn
+from colossal_llama.utils.errors import UserError, run_command
+
+INPUT_FLAGS = ("--pretrained", "--dataset", "--eval_dataset", "--load_checkpoint")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="preflight.py", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--hostfile", type=Path, default=None, help="hosts, a name a line; this machine alone when not given"
+    )
+    parser.add_argument(
+        "--nproc_per_node",
+        type=positive_int,
+        default=None,
+        help="processes on each host; not checked without",
+    )
+    parser.add_argument(
+        "--master_port", type=number(int, 1, 65535), default=29500, help="port on the first host"
+    )
+    parser.add_argument(
+        "--ssh_port",
+        type=number(int, 1, 65535),
+        default=None,
+        help="port of ssh (default: as ssh is configured)",
+    )
+    parser.add_argument(
+        "--timeout", type=positive_int, default=20, help="seconds that ssh may take to reach a host"
+    )
+    parser.add_argument(
+        "training",
+        nargs=argparse.REMAINDER,
+        metavar="train.py ARGUMENT …",
+        help="the training command, for the directories that it reads and writes",
+    )
+    return parser
+
+
+def directories_of(training: list[str]) -> Directories:
+    """Reads `train.py …` for its directories alone; what else is wrong with it `train.py --dry_run` says."""
+    if not training:
+        return Directories()
+    from colossal_llama.training.arguments import build_parser as build_training_parser
+
+    words = training[1:] if training[0].endswith(".py") else training
+    # Unlike the full parser's, these values may be missing here: a login node has no data.
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in INPUT_FLAGS:
+        reader.add_argument(flag, nargs="*", default=[])
+    reader.add_argument("--save_dir", default=str(build_training_parser().get_default("save_dir")))
+    values = vars(reader.parse_known_args(words)[0])
+    inputs = [(flag, path) for flag in INPUT_FLAGS for path in values[flag.removeprefix("--")]]
+    return Directories([pair for pair in inputs if _is_local(*pair)], values["save_dir"])
+
+
+def _is_local(flag: str, path: str) -> bool:
+    """Not `latest`, and not a model's name on the hub."""
+    if flag == "--load_checkpoint":
+        return path != "latest"
+    return flag != "--pretrained" or path.startswith(("/", ".", "~")) or Path(path).exists()
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    hosts, problems = (["localhost"], []) if args.hostfile is None else read_hostfile(args.hostfile)
+    directories = directories_of(args.training)
+    with token_file(directories.save_dir, is_needed=len(hosts) > 1) as token:
+        answers = Asker(args, hosts, directories).ask_all(token)
+    print(format_answers(answers, directories), flush=True)
+    for doubt in find_doubts(answers):
+        warn(doubt)
+    problems += find_problems(answers, args, directories)
+    if problems:
+        raise UserError(problems)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
