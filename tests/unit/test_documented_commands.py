@@ -116,7 +116,7 @@ def create_inputs(arguments: list[str]) -> None:
 
 
 # Commands of other programs, which nothing here can parse.
-UNPARSED = {"pip", "bash", "cp", "git", "ray", "sbatch", "vllm"} | {
+UNPARSED = {"pip", "bash", "cp", "git", "for", "ray", "sbatch", "ssh-copy-id", "ssh-keygen", "vllm"} | {
     "./build/bin/llama-quantize",
     "./build/bin/llama-cli",
 }
