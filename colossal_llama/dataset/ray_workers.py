@@ -235,7 +235,7 @@ def connect(address: str, num_cpus: int | None) -> None:
             f"--ray_address {address}: no Ray cluster answers within {SECONDS_TO_CONNECT:.0f} s; {remedy}"
         )
     if outcome[0] is not None:
-        raise UserError(f"--ray_address {address}: {' '.join(str(outcome[0]).split())}; {remedy}")
+        raise UserError(f"--ray_address {address}: {' '.join(str(outcome[0]).split()).rstrip('.')}; {remedy}")
 
 
 def _remote(function: Callable, num_cpus: int, scheduling_strategy: Any) -> Any:
