@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -9,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from colossal_llama.training.checkpoint import STATE_FILE, list_checkpoints
+from colossal_llama.training.checkpoint_directories import STATE_FILE, list_checkpoints
+from colossal_llama.utils.console import warn
 from colossal_llama.utils.files import read_json, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -136,11 +138,18 @@ class MetricsWriter:
                 path.unlink()
         if earlier:
             _write_earlier_stages(directory, earlier)
-        self._file = open(directory / METRICS_FILE, "w", encoding="utf-8")  # noqa: SIM115
+        self._works = True
         self._board = SummaryWriter(str(directory))
         self._board.add_text("arguments", describe_settings(settings), 0)
+        self._begin_with(kept)
         for record in kept:
-            self.write(record)
+            self._add_scalars(record)
+
+    def _begin_with(self, records: list[dict[str, Any]]) -> None:
+        """Replaces the file, which stays whole should the process die now, and appends from here on."""
+        path = self.directory / METRICS_FILE
+        write_text_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one object for an optimizer step; `step` and `tokens` are compulsory.
@@ -152,9 +161,16 @@ class MetricsWriter:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        self._add_scalars(record)
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            self._add_scalars(record)
+        except OSError as error:
+            if self._works:
+                warn(
+                    f"{self.directory}: metrics can't be written ({error.strerror}); training goes on without"
+                )
+            self._works = False
 
     def _add_scalars(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
@@ -172,17 +188,16 @@ class MetricsWriter:
         """Adds values to the last record: those of an evaluation that was done after a resume."""
         self._file.close()
         records = read_metrics(self.directory)
-        self._file = open(self.directory / METRICS_FILE, "w", encoding="utf-8")  # noqa: SIM115
-        for record in records[:-1]:
-            self._file.write(json.dumps(record) + "\n")
         last = {**records[-1], **values}
-        self._file.write(json.dumps(last) + "\n")
-        self._file.flush()
+        self._begin_with([*records[:-1], last])
         self._add_scalars({name: last[name] for name in (*values, "step", "tokens")})
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        # A full disk shows once more here; what could be written is.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._board.close()
 
 
 def _write_earlier_stages(directory: Path, stages: list[list[dict[str, Any]]]) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import platform
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +35,7 @@ from colossal_llama.training.model import (
 from colossal_llama.training.modeling_files import ADAPTER_DIRECTORY
 from colossal_llama.training.neftune import EmbeddingNoise
 from colossal_llama.training.throughput import ThroughputMeter
+from colossal_llama.utils import quiet
 from colossal_llama.utils.console import log
 from colossal_llama.utils.errors import UserError, is_main_process
 from colossal_llama.utils.files import locked_directory, read_json, write_json
@@ -86,16 +86,10 @@ _CHANGE_WITH_LAYOUT = (
 
 
 def quieten_libraries() -> None:
-    """Silences known messages of healthy runs; everything else stays visible."""
-    for message in (
-        ".*tensornvme.*",
-        ".*install apex from source.*",
-        ".*torch.utils._pytree._register_pytree_node.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    """Before the libraries are imported: silences known messages of healthy runs."""
+    quiet.quieten_libraries()
     # colossalai's optional quantisation asks for kernels that are for GPUs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("colossalai").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -84,7 +84,10 @@ def test_stopped_in_an_evaluation_it_is_done_again(tmp_path, training_inputs):
     """The evaluation would take minutes; the stop does not wait for it."""
     parts = sorted(training_inputs.data.glob("part-*"))
     short = [*few_rows(training_inputs), *COMMON, *ZERO2, "--eval_interval", 2, "--max_steps", 3]
-    process = start(tmp_path / "run", 2, *short, "--eval_dataset", *parts * 60)
+    copies = [tmp_path / "copies" / f"{number}" / parts[0].name for number in range(200)]
+    for copy in copies:
+        shutil.copytree(parts[0], copy)
+    process = start(tmp_path / "run", 2, *short, "--eval_dataset", *copies)
     output = tmp_path / "run" / "output.txt"
     wait_until(lambda: "evaluate" in output.read_text(), process, output)
     began = time.monotonic()

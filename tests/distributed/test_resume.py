@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from launch import Run, start, train, workers_of
+from launch import Run, start, train, wait_for_steps, workers_of
 
 FULL_STEPS = 9
 COMMON = [
@@ -108,34 +110,38 @@ ZERO2 = ["--plugin", "zero2", "--mixed_precision", "bf16", *rows(4, 3)]
 
 def test_kill_minus_nine_at_random_moments(tmp_path, training_inputs, request):
     """Training processes are killed again and again; `latest` leads on, to the same final weights."""
-    import random
-
+    rounds = 50 if request.config.getoption("--run-slow") else 3
+    steps = 4 * rounds
     everything = [*few_rows(training_inputs), *COMMON, *ZERO2, "--save_interval", 1, "--save_total_limit", 2]
+    everything += ["--num_epochs", steps // 6 + 1, "--max_steps", steps]
     whole = train(tmp_path / "whole", 2, *everything)
     assert whole.returncode == 0, whole.output[-3000:]
-    rounds = 50 if request.config.getoption("--run-slow") else 3
     generator = random.Random(0)
-    run, target = tmp_path / "killed", tmp_path / "killed" / "logs" / "metrics.jsonl"
-    saved = []
+    run, metrics = tmp_path / "killed", tmp_path / "killed" / "logs" / "metrics.jsonl"
+    kills = []
     for _ in range(rounds):
-        known = len(target.read_text().splitlines()) if target.is_file() else 0
+        known = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
         process = start(run, 2, *everything, "--load_checkpoint", "latest")
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if target.is_file() and len(target.read_text().splitlines()) > min(known, FULL_STEPS - 2):
-                break
-            time.sleep(0.02)
+        wait_for_steps(run, min(known + generator.randrange(4), steps - 2), process)
+        while not (alive := workers_of(process)):
+            time.sleep(0.05)
         time.sleep(generator.random() * 0.3)
-        victims = workers_of(process)
-        for pid in victims if generator.random() < 0.7 else victims[:1]:
-            os.kill(pid, signal.SIGKILL)
+        victims = alive if generator.random() < 0.7 else alive[:1]
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait(timeout=120)
-        saved.append(sorted(path.name for path in (run / "checkpoints").glob("epoch-*")))
-    print("checkpoints after each round:", json.dumps(saved))
+        found = sorted(int(path.name.split("-")[-1]) for path in (run / "checkpoints").glob("epoch-*"))
+        half_written = len(list((run / "checkpoints").glob(".epoch-*")))
+        kills.append((len(victims), found, half_written))
+    print("(processes killed, checkpoints then, unfinished ones):", json.dumps(kills))
+    assert all(count for count, _, _ in kills)
     resumed = train(run, 2, *everything, "--load_checkpoint", "latest")
     assert resumed.returncode == 0, resumed.output[-3000:]
     assert weights_of(run / "checkpoints" / "modeling") == weights_of(whole.save_dir / "modeling")
+    assert [r["loss"] for r in resumed.metrics()] == [r["loss"] for r in whole.metrics()]
     assert len(list((run / "checkpoints").glob("epoch-*"))) <= 2
+    assert not list((run / "checkpoints").glob(".epoch-*"))
 
 
 def test_damaged_checkpoints_are_found_and_passed_over(tmp_path, training_inputs):

@@ -197,3 +197,27 @@ def test_weights_from_elsewhere_have_no_stages(tmp_path: Path, saved: Any) -> No
         (tmp_path / "save" / "running_states.json").write_text(json.dumps(saved), encoding="utf-8")
     write(tmp_path / "logs", [make_record(1)], weights=weights)
     assert steps_of(read_all_stages(tmp_path / "logs")) == [[1]]
+
+
+def test_a_full_disk_costs_metrics_and_not_the_run(tmp_path, capsys):
+    writer = MetricsWriter(tmp_path / "logs", 0, {})
+    writer.write({"step": 1, "tokens": 10, "loss": 2.0, "lr": 0.1})
+    writer._file.close()
+    writer._file = open("/dev/full", "a")  # noqa: SIM115
+    for step in (2, 3):
+        writer.write({"step": step, "tokens": 10 * step, "loss": 1.0, "lr": 0.1})
+    writer.close()
+    assert capsys.readouterr().err.count("metrics can't be written (No space left on device)") == 1
+    assert [record["step"] for record in read_metrics(tmp_path / "logs")] == [1]
+
+
+def test_an_evaluation_made_up_for_completes_the_last_record(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, {})
+    for step in (1, 2):
+        writer.write({"step": step, "tokens": 10 * step, "loss": 2.0, "lr": 0.1})
+    writer.complete_last({"step": 2, "eval_loss": 1.5})
+    writer.write({"step": 3, "tokens": 30, "loss": 1.0, "lr": 0.1})
+    writer.close()
+    records = read_metrics(tmp_path)
+    assert [record.get("eval_loss") for record in records] == [None, 1.5, None]
+    assert [record["step"] for record in records] == [1, 2, 3]
