@@ -140,7 +140,7 @@ def _format(value: float) -> str:
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     if abs(value) >= 10:
-        return f"{value:.1f}"
+        return f"{value:.2f}"
     if abs(value) >= 0.1:
         return f"{value:.3f}"
     return f"{value:.3g}"

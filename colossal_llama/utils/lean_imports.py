@@ -11,18 +11,22 @@ from typing import Any
 # (sklearn), SageMaker (boto3).
 _NEVER_USED = ("boto3", "scipy", "sklearn")
 
+_LIBRARIES_THAT_LOOK = ("transformers", "accelerate", "peft")
+
 
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
     """Halves the time of the imports in the block, which change nothing that this suite does.
 
-    Packages that are optional to the libraries look absent, unless they have been imported before. And
-    functions that are decorated with `torch.compile` stay as they are: colossalai's and bitsandbytes' few
+    Packages that are optional to the libraries look absent (unless they, or libraries that have already seen
+    them, have been imported before). And functions that are decorated with `torch.compile` stay as they are: colossalai's and bitsandbytes' few
     are for fp8, quantisation and ring attention, but decorating them loads the whole compiler.
     """
     import torch
 
-    hidden = [name for name in _NEVER_USED if name not in sys.modules]
+    hidden: list[str] = []
+    if not any(library in sys.modules for library in _LIBRARIES_THAT_LOOK):
+        hidden = [name for name in _NEVER_USED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # None: `import` fails, `find_spec` finds nothing
     compile_function = torch.compile
     torch.compile = _leave_uncompiled
