@@ -1,6 +1,6 @@
 """What the benchmarks have in common: the promises, and how a script hands in what it measured.
 
-A figure is printed for the reader; where `BENCHMARK_RECORDS` names a file, it is also appended there as a line
+A figure is printed; where `BENCHMARK_RECORDS` names a file, it is also appended there as a line
 of JSON, from which `write_results.py` makes its table.
 """
 
@@ -88,7 +88,13 @@ def report(
         samples: what `value` is the median of; their number and range are told.
         quantities: what the promise's limit is computed from.
     """
-    record: dict[str, Any] = {"title": title, "value": value, "unit": unit, "note": note, "command": command()}
+    record: dict[str, Any] = {
+        "title": title,
+        "value": value,
+        "unit": unit,
+        "note": note,
+        "command": command(),
+    }
     if samples:
         record |= {"count": len(samples), "lowest": min(samples), "highest": max(samples)}
     if promise is not None:

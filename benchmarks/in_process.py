@@ -78,9 +78,7 @@ def start_session(flags: Sequence[str], source: RowSource | None = None, num_ste
     setup.boost_model(args, strategy, inputs, None, None)
     schedule = LearningRateSchedule(args.lr, 1, num_steps)
     settings = setup.collator_settings(args, strategy, inputs)
-    trainer = Trainer(
-        args, strategy, inputs.source, {}, settings, schedule, TrainState(), None, None, stop
-    )
+    trainer = Trainer(args, strategy, inputs.source, {}, settings, schedule, TrainState(), None, None, stop)
     return Session(args, inputs, strategy, trainer)
 
 

@@ -1,9 +1,10 @@
 """Best-fit packing against trl's `pack_dataset` (strategy "ffd") and filling rows in order: same lengths.
 
 trl packs in batches of the `datasets` library's map (1,000 documents each by default) and cuts off what is
-longer than a row. Three ways of running it are measured: its default, one batch for all, and one batch of the very
-pieces that ours packs, long documents chunked. Ours is timed with chunking and with writing the packed `input_ids`
-as one array, since trl writes them too. Without trl the peer is left out: `pip install -e '.[benchmark]'`.
+longer than a row. Three ways of running it are measured: its default, one batch for all, and one batch of the
+very pieces that ours packs, long documents chunked. Ours is timed with chunking and with writing the packed
+`input_ids` as one array, since trl writes them too. Without trl the peer is left out:
+`pip install -e '.[benchmark]'`.
 """
 
 from __future__ import annotations

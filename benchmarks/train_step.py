@@ -3,8 +3,8 @@ precision and optimizer.
 
 `ddp`, one process, fp32 on a CPU. The bare loop is transformers' model with its own loss, torch's fused AdamW
 and gradient clipping, nothing else; the Trainer runs as it comes, logging and saving off. Each side keeps a
-model of its own and they take turns, step by step, so that a noisy machine slows all; the figure is the median
-of the ratios, turn by turn.
+model of its own and they take turns, step by step, so that a noisy machine slows all; the figure is the
+median of the ratios, turn by turn.
 """
 
 from __future__ import annotations

@@ -16,11 +16,12 @@ _LIBRARIES_THAT_LOOK = ("transformers", "accelerate", "peft")
 
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
-    """Halves the time of the imports in the block, which change nothing that this suite does.
+    """Makes the imports in the block faster, and changes nothing that this suite does.
 
-    Packages that are optional to the libraries look absent (unless they, or libraries that have already seen
-    them, have been imported before). And functions that are decorated with `torch.compile` stay as they are: colossalai's and bitsandbytes' few
-    are for fp8, quantisation and ring attention, but decorating them loads the whole compiler.
+    Packages that are optional to the libraries look absent, unless they, or libraries that have already seen
+    them, were imported before. And functions that are decorated with `torch.compile` stay as they are:
+    decorating them loads the whole compiler, and colossalai's and bitsandbytes' few are for fp8, quantisation
+    and ring attention.
     """
     import torch
 
