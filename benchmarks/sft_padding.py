@@ -2,7 +2,7 @@
 
 The same conversations (log-normal lengths) three ways, through the suite's own trainer: packed into rows as
 `prepare_sft_dataset.py --splice` does, one a row padded to the longest of its batch, and one a row padded to
-`--max_length`. A batch holds `--batch_size` rows each time. One process, zero2, bf16; on the GPU when there is
+`--max_length`. A batch holds `--batch_size` rows each time. One process, zero2, bf16; on the GPU if there is
 one.
 """
 

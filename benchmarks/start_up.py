@@ -1,9 +1,9 @@
-"""Start-up: seconds from the command to the first optimizer step of `train.py`, split by what they go to, and the
-whole-process time of the other scripts at their smallest.
+"""Start-up: seconds from the command to the first optimizer step of `train.py`, split by what they go to, and
+the whole-process time of the other scripts at their smallest.
 
 The split counts imports by themselves, wherever they happen; every other part is without them. With more than
-one process `torchrun` starts them, and rank 0 is told. A tiny model and tiny data: what is measured is what any
-run pays once.
+one process `torchrun` starts them, and rank 0 is told. A tiny model and tiny data: what is measured is what
+any run pays once.
 """
 
 from __future__ import annotations
@@ -198,9 +198,8 @@ def main() -> None:
         if args.only_training:
             return
         for what, script, arguments in other_scripts(directory):
-            report_median(
-                f"{what}: whole process", [run(script, *arguments) for _ in range(args.repeats)], "s"
-            )
+            seconds = [run(script, *arguments) for _ in range(args.repeats)]
+            report_median(f"{what}: whole process", seconds, "s")
 
 
 def other_scripts(directory: Path) -> list[tuple[str, str, list[str]]]:
