@@ -186,11 +186,12 @@ def _open_part(path: Path) -> pa.Table:
 
 
 def _values(table: pa.Table, column: str, row: int) -> np.ndarray:
-    return table.column(column)[row].values.to_numpy(zero_copy_only=False)
+    # By DLPack, without a copy: pyarrow's `to_numpy` imports pandas first.
+    return np.from_dlpack(table.column(column)[row].values)
 
 
 def _row_lengths(table: pa.Table) -> np.ndarray:
-    chunks = [chunk.value_lengths().to_numpy() for chunk in table.column("input_ids").chunks]
+    chunks = [np.from_dlpack(chunk.value_lengths()) for chunk in table.column("input_ids").chunks]
     return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int32)
 
 
