@@ -50,12 +50,15 @@ measure() {
 cores=$(nproc)
 if [[ $toy ]]; then
     measure init_tokenizer 1 init_tokenizer.py --vocab_size 1000 --num_pieces 500 --num_texts 500 --repeats 1
-    measure init_model 1 init_model.py --num_layers 1 --hidden_size 64 --num_texts 500 --source_rows 1000 --new_rows 500 --repeats 1
-    measure prepare_dataset 1 prepare_dataset.py --size_mb 1 --vocab_size 1000 --max_length 256 --no-memory
+    measure init_model 1 init_model.py --num_layers 1 --hidden_size 64 --num_texts 500 --source_rows 1000 \
+        --new_rows 500 --repeats 1
+    measure prepare_dataset 1 prepare_dataset.py --size_mb 1 --vocab_size 8000 --max_length 256 --no-memory
     measure packing_peer 1 packing_peer.py --num_documents 500 --max_length 512 --repeats 1
-    measure train_step 1 train_step.py --pairs 1 --warmup 1 --max_length 32 --hidden_size 32 --num_layers 1 --vocab_size 256
+    measure train_step 1 train_step.py --pairs 1 --warmup 1 --max_length 32 --hidden_size 32 --num_layers 1 \
+        --vocab_size 256
     measure checkpoint 1 checkpoint.py --hidden_size 64 --num_layers 1 --repeats 1
-    measure sft_padding 1 sft_padding.py --hidden_size 32 --num_layers 1 --vocab_size 256 --num_samples 16 --max_length 128
+    measure sft_padding 1 sft_padding.py --hidden_size 32 --num_layers 1 --vocab_size 256 --num_samples 64 \
+        --max_length 128
     measure start_up 1 start_up.py --repeats 1 --only_training --processes 1 --plugins ddp
     measure scaling 1 scaling.py --toy --picture "$work/scaling.png"
     measure gpu 1 gpu_step.py --toy
@@ -66,7 +69,12 @@ else
     measure packing_peer 1 packing_peer.py
     measure train_step "$cores" train_step.py
     measure checkpoint "$cores" checkpoint.py
-    measure sft_padding "$cores" sft_padding.py
+    if command -v nvidia-smi >/dev/null; then
+        measure sft_padding "$cores" sft_padding.py --hidden_size 2048 --num_layers 16 --num_heads 32 \
+            --vocab_size 32000 --max_length 4096 --num_samples 1024
+    else
+        measure sft_padding "$cores" sft_padding.py
+    fi
     measure start_up 1 start_up.py
     measure scaling 1 scaling.py
     measure gpu 1 gpu_step.py

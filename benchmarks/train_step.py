@@ -10,6 +10,7 @@ median of the ratios, turn by turn.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from argparse import Namespace
@@ -40,6 +41,7 @@ def build_parser() -> ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as directory:
         model_dir = Path(directory)
         write_config(model_dir, args.vocab_size, args.hidden_size, args.num_layers, args.max_length)
