@@ -2,8 +2,8 @@
 liger, against a bare loop with the same kernels and `transformers.Trainer`.
 
 Random rows of full length in bf16, as `train.py --benchmark` trains on, each variant in a process of its own.
-The first variant is the reference for ours; a peer is compared with zero2 and the same kernels. What does not fit into memory is
-told so. Without a GPU nothing is measured; `--toy` runs what a CPU can, to show that the script works.
+A peer is compared with zero2 and the same kernels. What does not fit into memory is told so. Without a GPU
+nothing is measured; `--toy` runs what a CPU can, to show that the script works.
 """
 
 from __future__ import annotations

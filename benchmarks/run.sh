@@ -24,7 +24,14 @@ while (($#)); do
     shift
 done
 
-names=() failed=()
+names=(init_tokenizer init_model prepare_dataset packing_peer train_step checkpoint sft_padding start_up scaling gpu)
+for name in "${only[@]}"; do
+    if [[ " ${names[*]} " != *" $name "* ]]; then
+        echo "error: --only $name: there are ${names[*]}" >&2
+        exit 2
+    fi
+done
+failed=()
 work=$(mktemp -d)
 trap 'rm -rf -- "$work"' EXIT
 export BENCHMARK_RECORDS=$work/records.jsonl
@@ -33,7 +40,6 @@ export BENCHMARK_RECORDS=$work/records.jsonl
 measure() {
     local name=$1 threads=$2 status=0 started=$SECONDS
     shift 2
-    names+=("$name")
     if ((${#only[@]})) && [[ " ${only[*]} " != *" $name "* ]]; then
         return
     fi
@@ -76,16 +82,10 @@ else
         measure sft_padding "$cores" sft_padding.py
     fi
     measure start_up 1 start_up.py
-    measure scaling 1 scaling.py
+    measure scaling 1 scaling.py --picture "$work/scaling.png"
     measure gpu 1 gpu_step.py
 fi
 
-for name in "${only[@]}"; do
-    if [[ " ${names[*]} " != *" $name "* ]]; then
-        echo "error: --only $name: there are ${names[*]}" >&2
-        exit 2
-    fi
-done
 python benchmarks/write_results.py --work_dir "$work" ${toy:+--toy} ${output:+--output_file "$output"}
 if ((${#failed[@]})); then
     echo "error: failed: ${failed[*]}; the results file has their messages" >&2

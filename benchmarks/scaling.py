@@ -293,7 +293,7 @@ def main() -> None:
     ]
     log(format_table(("what", "work", "seconds", "peak MB"), rows))
     draw(measured, args.picture)
-    log(f"Picture: {args.picture}")
+    log(f"Picture: {args.picture.name}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def build_parser() -> ArgumentParser:
         "--work_dir",
         type=existing_directory,
         required=True,
-        help="directory with records.jsonl, and for each script NAME.txt, NAME.status and NAME.seconds",
+        help="directory with records.jsonl, scaling.png, and each script's NAME.txt, .status and .seconds",
     )
     parser.add_argument(
         "--output_file", type=Path, help="default: benchmarks/results/<date>-<machine kind>.md"
@@ -53,10 +54,15 @@ def main() -> None:
         "",
         *_introduction(args.toy, machine.gpu),
         "",
-        "| what | measured | promised | met | command |",
+        "| what | command | measured | promised | met |",
         "| --- | --- | --- | --- | --- |",
         *(_row(record, args.toy) for record in records),
     ]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    picture = args.work_dir / "scaling.png"
+    if picture.is_file():
+        shutil.copyfile(picture, output.with_suffix(".png"))
+        lines += ["", f"![Cost as the work grows]({output.with_suffix('.png').name})"]
     for status in sorted(args.work_dir.glob("*.status"), key=lambda path: path.stat().st_mtime_ns):
         lines += ["", *_raw_output(status)]
     write_text_atomically(output, "\n".join(lines) + "\n")
@@ -84,7 +90,7 @@ def _row(record: dict[str, Any], toy: bool) -> str:
     met = {True: "yes", False: "**no**", None: ""}[record.get("met")]
     if toy and met:
         met = "toy"
-    cells = [record["title"], format_value(record), record.get("promised", ""), met, f"`{record['command']}`"]
+    cells = [record["title"], f"`{record['command']}`", format_value(record), record.get("promised", ""), met]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
