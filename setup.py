@@ -14,8 +14,8 @@ def read_requirements() -> list[str]:
 
 # docs/evaluation.md names tasks and settings of this version.
 EVALUATION = ["lm_eval[hf]==0.4.13"]
-# Peers that benchmarks/ measures beside the suite; a peer that is not installed is left out. trl 0.19.1 is the newest
-# that goes with transformers 4.51.3.
+# Peers that benchmarks/ measures beside the suite; one that is not installed is left out. trl 0.19.1 is the
+# newest that goes with transformers 4.51.3.
 BENCHMARK = ["trl==0.19.1", "accelerate>=1.0"]
 
 setup(

@@ -176,7 +176,7 @@ class PreparedDataset:
 
 
 def _open_part(path: Path) -> pa.Table:
-    """Maps what `datasets.save_to_disk` laid out; that library takes ten times as long and as much memory."""
+    """Maps what `datasets.save_to_disk` laid out; that library takes several times as long."""
     files = json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
     tables = []
     for file in files:

@@ -11,7 +11,15 @@ import pytest
 from support import ROOT
 
 ALL = [
-    *("init_tokenizer", "init_model", "prepare_dataset", "packing_peer", "train_step", "checkpoint"),
+    *(
+        "init_tokenizer",
+        "init_model",
+        "prepare_dataset",
+        "prepare_peer",
+        "packing_peer",
+        "train_step",
+        "checkpoint",
+    ),
     *("sft_padding", "start_up", "scaling", "gpu"),
 ]
 # What is nowhere else in a fast test and takes seconds; the others are for --run-slow.
