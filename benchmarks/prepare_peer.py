@@ -3,7 +3,8 @@
 LLaMA-Factory pins other versions than this suite goes with, so it is taken from a directory of its own
 (docs/performance.md says how to fill it) and asked for its `PretrainDatasetProcessor` alone, with packing on:
 the JSONL is read, mapped in batches of 1,000 (its default) by as many processes as ours has workers, and
-saved, all by the installed `datasets`. Both sides are whole processes. Without the directory the peer is left out.
+saved, all by the installed `datasets`. Both sides are whole processes. Without the directory the peer is left
+out.
 """
 
 from __future__ import annotations
