@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from colossal_llama.inference.arguments import build_parser
 from colossal_llama.utils.errors import UserError, run_command
+from colossal_llama.utils.lean_imports import lean_imports
 
 if TYPE_CHECKING:
     from colossal_llama.inference.generation import AnswerGenerator
@@ -26,12 +27,13 @@ def run(args: Namespace) -> None:
     prompts = [] if args.chat else read_prompts(args)
     quieten_libraries()
 
-    import transformers
-    from transformers.utils import logging as transformers_logging
+    with lean_imports():
+        import transformers
+        from transformers.utils import logging as transformers_logging
 
-    from colossal_llama.inference.chat import Conversation, chat
-    from colossal_llama.inference.generation import AnswerGenerator, Sampling
-    from colossal_llama.inference.loading import load_model
+        from colossal_llama.inference.chat import Conversation, chat
+        from colossal_llama.inference.generation import AnswerGenerator, Sampling
+        from colossal_llama.inference.loading import load_model
     from colossal_llama.inference.prompt_encoding import choose_prompt_style
 
     if not sys.stderr.isatty():

@@ -14,6 +14,9 @@ def read_requirements() -> list[str]:
 
 # docs/evaluation.md names tasks and settings of this version.
 EVALUATION = ["lm_eval[hf]==0.4.13"]
+# Peers that benchmarks/ measures beside the suite; one that is not installed is left out. trl 0.19.1 is the
+# newest that goes with transformers 4.51.3.
+BENCHMARK = ["trl==0.19.1", "accelerate>=1.0"]
 
 setup(
     name="colossal_llama",
@@ -28,6 +31,7 @@ setup(
     extras_require={
         "gpu": ["liger-kernel==0.5.10"],
         "eval": EVALUATION,
+        "benchmark": BENCHMARK,
         "test": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
@@ -38,6 +42,7 @@ setup(
             "liger-kernel==0.5.10",
             "gguf>=0.17,<1",
             *EVALUATION,
+            *BENCHMARK,
             # An object store for input from URLs; the extra of moto for its server brings in far more.
             "s3fs>=2024.2",
             "moto[s3]>=5,<6",

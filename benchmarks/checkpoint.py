@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from figures import report_median
+
 from colossal_llama.training.arguments import build_parser
 from colossal_llama.utils.arguments import ArgumentParser, positive_int
 from colossal_llama.utils.console import format_table
@@ -159,10 +161,14 @@ def measure(args, directory: Path) -> None:
         ),
     ]
     print(format_table(("", "s", "GB/s", "of plain", "pause s", "pause of plain"), table))
-    print(
-        f"\na training step: {statistics.median(alone):.3f} s alone, {statistics.median(during):.3f} s while "
-        f"a save is written ({len(during)} steps)"
-    )
+    print()
+    name = f"checkpoint, zero2 × 1, bf16, {num_bytes / 1e9:.2f} GB"
+    plain_of = [saved / plain_seconds for saved in (r.seconds for r in inline)]
+    report_median(f"{name}: save, training waits, against plain write and fsync", plain_of, "×")
+    pauses = [r.pause_seconds / plain_seconds for r in background]
+    report_median(f"{name}: pause of a background save, against plain write and fsync", pauses, "×")
+    report_median("training step, no save", alone, "s")
+    report_median("training step, while a save is written", during, "s")
 
 
 def write_plainly(checkpoint: Path, target: Path) -> float:

@@ -17,17 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
+from figures import report, report_median
+
 from colossal_llama.utils.arguments import ArgumentParser, positive_int
-from colossal_llama.utils.console import format_table, log
+from colossal_llama.utils.console import log
 from colossal_llama.utils.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-HIDDEN, INTERMEDIATE, SOURCE_ROWS, NEW_ROWS = 4096, 11008, 32000, 37104
-SHARD_BYTES = 5 * 10**9
-RATIO, SLACK_SECONDS, MEMORY_RATIO, MEMORY_SLACK_BYTES = 2.0, 6.0, 1.5, 0.5e9
 
 
 def build_parser() -> ArgumentParser:
@@ -38,39 +38,47 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--repeats", type=positive_int, default=3, help="runs of each side; the median counts"
     )
+    parser.add_argument("--hidden_size", type=positive_int, default=4096, help="width of the model")
+    parser.add_argument("--source_rows", type=positive_int, default=32000, help="pieces of the source")
+    parser.add_argument("--new_rows", type=positive_int, default=37104, help="pieces that are added")
+    parser.add_argument("--shard_mb", type=positive_int, default=5000, help="largest file of the source, MB")
+    parser.add_argument(
+        "--num_texts", type=positive_int, default=60_000, help="sentences that the tokenizer is trained on"
+    )
     parser.add_argument(
         "--work_dir", type=Path, help="where the models go (default: the temporary directory)"
     )
     return parser
 
 
-def tensor_shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(hidden: int, source_rows: int, num_layers: int) -> dict[str, tuple[int, ...]]:
     """LLaMA-2-7B's tensors, in the order of its files."""
-    shapes = {"model.embed_tokens.weight": (SOURCE_ROWS, HIDDEN)}
+    intermediate = 11008 * hidden // 4096
+    shapes = {"model.embed_tokens.weight": (source_rows, hidden)}
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}"
         for name in "qkvo":
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (HIDDEN, HIDDEN)
-        shapes[f"{prefix}.mlp.gate_proj.weight"] = (INTERMEDIATE, HIDDEN)
-        shapes[f"{prefix}.mlp.up_proj.weight"] = (INTERMEDIATE, HIDDEN)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
-        shapes[f"{prefix}.input_layernorm.weight"] = (HIDDEN,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (HIDDEN,)
-    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (SOURCE_ROWS, HIDDEN)}
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (hidden, hidden)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (intermediate, hidden)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (intermediate, hidden)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, intermediate)
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (source_rows, hidden)}
 
 
-def make_model(directory: Path, num_layers: int) -> None:
-    """Writes random bf16 weights in shards, with index and config."""
+def make_model(directory: Path, args: Namespace) -> int:
+    """Writes random bf16 weights in shards, with index and config; returns the number of shards."""
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    noise = torch.randn(SOURCE_ROWS * HIDDEN).bfloat16()
+    noise = torch.randn(max(args.source_rows, 3 * args.hidden_size) * args.hidden_size).bfloat16()
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
-    for name, shape in tensor_shapes(num_layers).items():
+    for name, shape in tensor_shapes(args.hidden_size, args.source_rows, args.num_layers).items():
         num_bytes = 2 * torch.Size(shape).numel()
-        if size + num_bytes > SHARD_BYTES:
+        if size + num_bytes > args.shard_mb * 10**6 and size:
             shards.append({})
             size = 0
         shards[-1][name] = shape
@@ -83,18 +91,18 @@ def make_model(directory: Path, num_layers: int) -> None:
         weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    config = {"model_type": "llama", "vocab_size": SOURCE_ROWS, "tie_word_embeddings": False}
+    config = {"model_type": "llama", "vocab_size": args.source_rows, "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return len(shards)
 
 
-def make_inputs(source: Path, tokenizer: Path, num_layers: int) -> None:
+def make_inputs(source: Path, tokenizer: Path, args: Namespace) -> None:
     """Makes the source model with its tokenizer, and the extended tokenizer."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     from init_tokenizer import train_source, write_pieces
 
-    train_source(source, SOURCE_ROWS)
+    train_source(source, args.source_rows, args.num_texts)
     pieces = source / "pieces.jsonl"
-    write_pieces(pieces, NEW_ROWS)
+    write_pieces(pieces, args.new_rows)
     script = ROOT / "colossal_llama" / "tokenizer" / "init_tokenizer.py"
     command = [
         sys.executable,
@@ -103,7 +111,7 @@ def make_inputs(source: Path, tokenizer: Path, num_layers: int) -> None:
         f"--expand_tokens_file={pieces}",
     ]
     run([*command, f"--target_tokenizer_dir={tokenizer}"])
-    make_model(source, num_layers)
+    make_model(source, args)
 
 
 def run(command: list[str]) -> tuple[float, int]:
@@ -144,7 +152,7 @@ def main() -> None:
         tokenizer = work / "tokenizer"
         # In a process of its own: the peak memory of a child counts from its parent's.
         maker = multiprocessing.get_context("spawn").Process(
-            target=make_inputs, args=(source, tokenizer, args.num_layers)
+            target=make_inputs, args=(source, tokenizer, args)
         )
         maker.start()
         maker.join()
@@ -164,31 +172,20 @@ def main() -> None:
             shutil.rmtree(copied)
         rows = json.loads((target / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         output = weight_bytes(target)
-    seconds = statistics.median(run[0] for run in extensions)
     copy_seconds = statistics.median(copies)
     peak = max(run[1] for run in extensions)
-    matrices = 2 * rows * HIDDEN * 2
+    matrices = 2 * rows * args.hidden_size * 2
     log(
-        format_table(
-            ["init_model.py", "figure"],
-            [
-                ("layers", args.num_layers),
-                ("rows of the target", rows),
-                ("output, GB", output / 1e9),
-                ("init_model.py, median s", seconds),
-                ("copying the output, median s", copy_seconds),
-                ("ratio", seconds / copy_seconds),
-                ("peak memory, GB", peak / 1e9),
-                ("two embedding matrices, GB", matrices / 1e9),
-            ],
-        )
+        f"{args.num_layers} layers, {rows:,} rows, output {output / 1e9:.2f} GB, two matrices "
+        f"{matrices / 1e9:.2f} GB"
     )
-    log("all runs, s: " + ", ".join(f"{run[0]:.1f}" for run in extensions))
-    log("all copies, s: " + ", ".join(f"{copy:.1f}" for copy in copies))
-    fast = seconds <= RATIO * copy_seconds + SLACK_SECONDS
-    small = peak <= MEMORY_RATIO * matrices + MEMORY_SLACK_BYTES
-    log(f"Promise: at most {RATIO:g} x copying + {SLACK_SECONDS:g} s: {'kept' if fast else 'NOT kept'}")
-    log(f"Promise: at most {MEMORY_RATIO:g} x the two matrices + 0.5 GB: {'kept' if small else 'NOT kept'}")
+    name = f"init_model.py, width {args.hidden_size}, {args.num_layers} layers, {output / 1e9:.2f} GB"
+    seconds = [run[0] for run in extensions]
+    report_median(f"{name}: time", seconds, "s", promise="init_model.seconds", copy_seconds=copy_seconds)
+    report_median(f"{name}: copying the output's bytes", copies, "s")
+    ratios = [own / copied for own, copied in zip(seconds, copies, strict=True)]
+    report_median(f"{name}: against copying", ratios, "×")
+    report(f"{name}: peak memory", peak / 1e9, "GB", promise="init_model.memory", matrices_gb=matrices / 1e9)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from figures import report
+
 from colossal_llama.utils.arguments import ArgumentParser, existing_directory, number, positive_int
 from colossal_llama.utils.console import format_table, log
 from colossal_llama.utils.errors import run_command
@@ -324,6 +326,8 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
         ]
         speed.append([kind, num_tokens, *figures])
         memory.append(_memory_line(f"{kind} {args.size_mb} MB", run))
+        report_preparation(kind, args, our_speed, our_speed / bare_speed, 100 * fill)
+        report_memory(kind, args.size_mb, args.num_workers, run)
         sizes = [10] * args.memory + [1000] * (args.large and kind == "pretrain")
         for size in sizes:
             sized_dir = work_dir / f"{kind}-{size}mb"
@@ -331,6 +335,7 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
                 make_corpus(sized_dir, kind, size, args.source_share)
             run, _ = prepare(kind, sized_dir, tokenizer_dir, args, work_dir / "out")
             memory.append(_memory_line(f"{kind} {size} MB", run))
+            report_memory(kind, size, args.num_workers, run)
     log(
         format_table(["", "tokens", "bare tokens/s", "ours, end to end", "ratio", "CPU ratio", "fill"], speed)
     )
@@ -368,6 +373,24 @@ def benchmark_ray(data_dir: Path, tokenizer_dir: Path, args: Namespace, work_dir
         f"\nRay: {seconds['ray']:.1f} s against {seconds['local']:.1f} s with local workers, "
         f"{seconds['ray'] / seconds['local']:.3f} ×; tokens/s a core, whole command: "
         f"{speeds['ray']:,.0f} against {speeds['local']:,.0f}"
+    )
+
+
+def report_preparation(kind: str, args: Namespace, speed: float, ratio: float, fill: float) -> None:
+    name = f"prepare_{kind}_dataset.py, {args.size_mb} MB, {args.num_workers} workers"
+    report(f"{name}: speed", speed / 1e6, "M tokens/s", note=f"fastest of {args.repeats}")
+    report(f"{name}: against the bare tokenizer", ratio, "×", promise=f"prepare_{kind}.speed")
+    if kind == "pretrain":
+        report(f"{name}: rows full", fill, "%", promise="prepare.fill", note="each bin's last row left out")
+
+
+def report_memory(kind: str, size: int, num_workers: int, run: Run) -> None:
+    report(
+        f"prepare_{kind}_dataset.py, {size} MB, {num_workers} workers: peak memory of all processes",
+        run.peak_all / 1e9,
+        "GB",
+        promise="prepare.memory",
+        num_workers=num_workers,
     )
 
 

@@ -1,31 +1,34 @@
-"""A training step of the suite against a bare PyTorch loop: same model, batches, precision and optimizer.
+"""A training step of the suite against a bare PyTorch loop and `transformers.Trainer`: same model, batches,
+precision and optimizer.
 
 `ddp`, one process, fp32 on a CPU. The bare loop is transformers' model with its own loss, torch's fused AdamW
-and gradient clipping, nothing else. Both sides keep a model of their own and take turns, so that a noisy
-machine slows both; the figure is the median of the ratios, pair by pair.
+and gradient clipping, nothing else; the Trainer runs as it comes, logging and saving off. Each side keeps a
+model of its own and they take turns, step by step, so that a noisy machine slows all; the figure is the
+median of the ratios, turn by turn.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import statistics
+import os
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
-from colossal_llama.training.arguments import build_parser
-from colossal_llama.utils.arguments import ArgumentParser, positive_int
+from figures import installed_versions, report_median
+from in_process import BareLoop, Session, start_session, transformers_trainer, write_config
+
+from colossal_llama.utils.arguments import ArgumentParser, non_negative_int, positive_int
+from colossal_llama.utils.console import log
 from colossal_llama.utils.errors import run_command
 
-PROMISE = 1.03
 
-
-def parse() -> ArgumentParser:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="train_step.py", description=__doc__)
     parser.add_argument("--pairs", type=positive_int, default=8, help="measured steps of each side")
     parser.add_argument(
-        "--warmup", type=positive_int, default=2, help="steps of each side that are not counted"
+        "--warmup", type=non_negative_int, default=2, help="steps of each side that are not counted"
     )
     parser.add_argument("--max_length", type=positive_int, default=512, help="tokens of a row")
     parser.add_argument("--batch_size", type=positive_int, default=1, help="rows of a micro-batch")
@@ -36,96 +39,93 @@ def parse() -> ArgumentParser:
     return parser
 
 
-def make_config(args):
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 11 // 4,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=args.max_length,
-    )
-
-
 def main() -> None:
-    args = parse().parse_args()
+    args = build_parser().parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as directory:
-        make_config(args).save_pretrained(directory)
-        measure(args, Path(directory))
+        model_dir = Path(directory)
+        write_config(model_dir, args.vocab_size, args.hidden_size, args.num_layers, args.max_length)
+        rows_per_step = args.batch_size * args.accumulation_steps
+        flags = [
+            *("--pretrained", str(model_dir), "--plugin", "ddp", "--mixed_precision", "fp32"),
+            *("--max_length", str(args.max_length), "--batch_size", str(args.batch_size)),
+            *("--accumulation_steps", str(args.accumulation_steps), "--num_workers", "0"),
+            *("--num_samples", str((args.warmup + args.pairs) * rows_per_step)),
+        ]
+        measure(args, start_session(flags), model_dir)
 
 
-def measure(args, model_dir: Path) -> None:
+def measure(args: Namespace, session: Session, directory: Path) -> None:
     import torch
+    from transformers import TrainerCallback
 
-    from colossal_llama.training import setup
-    from colossal_llama.training.schedule import LearningRateSchedule
-    from colossal_llama.training.state import TrainState
-    from colossal_llama.training.strategy import ADAM_BETAS, ADAM_EPS, Strategy
-    from colossal_llama.training.trainer import Trainer
+    from colossal_llama.training.setup import random_causal_lm
 
-    num_steps = args.warmup + args.pairs
-    flags = [
-        *("--pretrained", str(model_dir), "--benchmark", "--plugin", "ddp", "--mixed_precision", "fp32"),
-        *("--max_length", str(args.max_length), "--batch_size", str(args.batch_size), "--num_workers", "0"),
-        *("--accumulation_steps", str(args.accumulation_steps)),
-        *("--num_samples", str(num_steps * args.batch_size * args.accumulation_steps)),
-    ]
-    train_args = build_parser().parse_args(flags)
-    setup.quieten_libraries()
-    stop = setup.start_process(train_args)
-    inputs = setup.open_inputs(train_args)
-    strategy = Strategy(train_args)
-    setup.boost_model(train_args, strategy, inputs, None, None)
-    schedule = LearningRateSchedule(train_args.lr, 1, num_steps)
-    settings = setup.collator_settings(train_args, strategy, inputs)
-    trainer = Trainer(
-        train_args, strategy, inputs.source, {}, settings, schedule, TrainState(), None, None, stop
-    )
+    train_args, trainer = session.args, session.trainer
     batches = trainer.batches()
+    bare_batches = (batch["input_ids"] for batch in trainer.batches())
+    config = session.inputs.config
+    bare = BareLoop(random_causal_lm(config, torch.float32, train_args.seed), train_args.lr)
+    peer_model = random_causal_lm(config, torch.float32, train_args.seed)
+    seconds: dict[str, list[float]] = {"ours": [], "bare": [], "transformers": []}
 
-    bare = setup.random_causal_lm(inputs.config, torch.float32, train_args.seed).train()
-    optimizer = torch.optim.AdamW(
-        bare.parameters(), lr=train_args.lr, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.1, fused=True
+    bare_losses: list[float] = []
+
+    class TakingTurns(TrainerCallback):
+        """Times the Trainer from step end to step end, its data and bookkeeping included; ours and the bare
+        loop have their turns in between.
+        """
+
+        turn = 0
+
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            self._others()
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            seconds["transformers"].append(time.perf_counter() - self.started)
+            self.turn += 1
+            if self.turn < args.warmup + args.pairs:
+                self._others()
+
+        def _others(self) -> None:
+            started = time.perf_counter()
+            record = trainer.step(batches).record
+            middle = time.perf_counter()
+            bare_loss = bare.step(bare_batches, args.accumulation_steps)
+            ended = time.perf_counter()
+            seconds["ours"].append(middle - started)
+            seconds["bare"].append(ended - middle)
+            if self.turn == 0 and abs(record["loss"] - bare_loss) > 1e-4 * bare_loss:
+                raise RuntimeError(f"the sides compute different losses: {record['loss']} and {bare_loss}")
+            bare_losses.append(bare_loss)
+            self.started = time.perf_counter()
+
+    turns = TakingTurns()
+    rows = torch.cat([batch["input_ids"] for batch in trainer.batches()])
+    peer = transformers_trainer(
+        peer_model,
+        rows,
+        args.batch_size,
+        args.accumulation_steps,
+        train_args.lr,
+        directory,
+        turns,
+        use_cpu=True,
     )
-    bare_batches = trainer.batches()
-
-    def bare_step() -> float:
-        total = 0.0
-        for _ in range(args.accumulation_steps):
-            ids = next(bare_batches)["input_ids"]
-            loss = bare(input_ids=ids, labels=ids).loss / args.accumulation_steps
-            loss.backward()
-            total += float(loss)
-        torch.nn.utils.clip_grad_norm_(bare.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
-
-    ours_seconds, bare_seconds = [], []
-    for step in range(num_steps):
-        started = time.perf_counter()
-        record = trainer.step(batches).record
-        middle = time.perf_counter()
-        bare_loss = bare_step()
-        ended = time.perf_counter()
-        if step == 0 and abs(record["loss"] - bare_loss) > 1e-4 * bare_loss:
-            raise RuntimeError(f"the two sides compute different losses: {record['loss']} and {bare_loss}")
-        if step >= args.warmup:
-            ours_seconds.append(middle - started)
-            bare_seconds.append(ended - middle)
-    ratios = [a / b for a, b in zip(ours_seconds, bare_seconds, strict=True)]
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{versions}, {torch.get_num_threads()} threads, CPU")
-    print(f"{bare.num_parameters() / 1e6:.1f}M parameters, {json.dumps(vars(args))}")
-    print(f"ours  {statistics.median(ours_seconds):.3f} s a step (median of {args.pairs})")
-    print(f"bare  {statistics.median(bare_seconds):.3f} s a step")
-    print(
-        f"ratio {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f}); "
-        f"promised: at most {PROMISE}"
-    )
+    peer_loss, bare_loss = peer.train().training_loss, sum(bare_losses) / len(bare_losses)
+    if abs(peer_loss - bare_loss) > 1e-2 * bare_loss:
+        raise RuntimeError(f"transformers.Trainer computes another loss: {peer_loss}, the loop {bare_loss}")
+    versions = installed_versions("torch", "transformers", "accelerate")
+    log(", ".join(f"{name} {version}" for name, version in versions.items()))
+    log(f"{torch.get_num_threads()} threads, CPU, {peer_model.num_parameters() / 1e6:.1f}M parameters")
+    log(json.dumps(vars(args)))
+    counted = {name: times[args.warmup :] for name, times in seconds.items()}
+    for name, times in counted.items():
+        report_median(f"training step, ddp × 1, fp32: {name}", times, "s")
+    for name, promise in (("bare", "train_step.ratio"), ("transformers", None)):
+        ratios = [a / b for a, b in zip(counted["ours"], counted[name], strict=True)]
+        what = "a bare PyTorch loop" if name == "bare" else f"transformers.Trainer {versions['transformers']}"
+        report_median(f"training step, ddp × 1, fp32: ours against {what}", ratios, "×", promise=promise)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from colossal_llama.utils import quiet
 from colossal_llama.utils.console import log
 from colossal_llama.utils.errors import UserError, is_main_process
 from colossal_llama.utils.files import locked_directory, read_json, write_json
+from colossal_llama.utils.lean_imports import lean_imports
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
@@ -112,11 +113,13 @@ def start_process(args: argparse.Namespace) -> StopRequest:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if not torch.cuda.is_available():
-        from colossal_llama.training.cpu_backend import enable_cpu_training
+    with lean_imports():
+        if not torch.cuda.is_available():
+            from colossal_llama.training.cpu_backend import enable_cpu_training
 
-        enable_cpu_training()
-    import colossalai
+            enable_cpu_training()
+        import colossalai
+        import colossalai.booster.plugin
 
     colossalai.launch_from_torch(seed=args.seed, verbose=False)
     # Ranks draw different dropout masks; what has to agree between ranks is drawn from generators of its own.

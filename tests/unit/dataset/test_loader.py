@@ -18,6 +18,7 @@ from corpus import sample_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colossal_llama.dataset import loader
 from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.dataset.loader import (
     BatchPlan,
@@ -69,6 +70,18 @@ def numbered_source(num_rows: int, bucket_sizes: list[int] | None = None) -> Lis
 
 
 # The collator
+
+
+def test_order_does_not_depend_on_how_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = RandomRows(1000, 4, 50, 0)
+    source.bucket_ranges = [[(0, 7), (300, 1000)], [(7, 300)]]
+    orders = []
+    for rows_at_once in (1 << 20, 3):
+        monkeypatch.setattr(loader, "_ROWS_AT_ONCE", rows_at_once)
+        orders += [RowOrder(source, 1, bucketed).permutation(2).tolist() for bucketed in (False, True)]
+    assert orders[:2] == orders[2:]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(1000))
+    assert sorted(orders[1][707:]) == list(range(7, 300))
 
 
 def test_the_collators_docstring_example() -> None:
@@ -359,6 +372,18 @@ def prepared_dir(tmp_path_factory: pytest.TempPathFactory, llama2_tokenizer_dir:
         capture_output=True,
     )
     return directory / "out"
+
+
+def test_more_parts_than_may_be_open(prepared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = find_part_directories([prepared_dir / "arrow"]) * 3
+    everything = PreparedDataset(parts, 64, True)
+    expected = [everything[row].input_ids.tolist() for row in range(len(everything))]
+    monkeypatch.setattr(loader, "MAX_OPEN_PARTS", 2)
+    source = PreparedDataset(parts, 64, True)
+    assert source.fingerprint == everything.fingerprint
+    for row in [*range(len(source)), *reversed(range(len(source)))]:
+        assert source[row].input_ids.tolist() == expected[row]
+        assert len(source._open_tables) <= 2
 
 
 def test_bins_of_the_real_script(prepared_dir: Path, llama2_tokenizer_dir: Path) -> None:
