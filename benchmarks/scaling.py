@@ -274,6 +274,7 @@ def draw(measured: list[Curve], path: Path) -> None:
         peaks = [max(point.peak_mb, 0.1) for point in one.points]
         memory.loglog(sizes, peaks, "s--", color="tab:orange", label="peak MB")
         memory.set_ylabel("MB")
+        memory.set_ylim(min(peaks) / 3, 3 * max(peaks))  # memory that stays the same shall look so
         handles = [handle for each in (axes, memory) for handle in each.get_legend_handles_labels()[0]]
         axes.legend(handles=handles, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
