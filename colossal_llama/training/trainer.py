@@ -101,7 +101,7 @@ class Trainer:
         batches = self.batches()
         bar = progress_bar(total=self.last_step, initial=state.step, desc="train", unit="step")
         stopped = False
-        if state.evaluation_due:
+        if state.evaluation_due and self.evaluation_sets:
             stopped = self._evaluate_again()
         while state.step < self.last_step and not stopped:
             outcome = self.step(batches)
