@@ -199,16 +199,17 @@ enforce_end() {
     end_helpers
 }
 
-# Copies what `colossalai run` prints and notes what the script has to know.
+# Copies what `colossalai run` prints and notes what the script has to know. It prints what the hosts say in
+# pieces of up to 1000 bytes, so what one says may begin, or go on, within a line of another.
 relay_output() {
     local line
     trap '' INT TERM
     while IFS= read -r line || [[ -n $line ]]; do
         printf '%s\n' "$line"
-        if [[ $line =~ ^'Error: failed to run '.*' on '([^ ]+)', is localhost: ' ]]; then
+        if [[ $line =~ 'Error: failed to run '.*' on '([^ ]+)', is localhost: ' ]]; then
             echo "${BASH_REMATCH[1]}" >>"$run_state/failed"
             kill -USR1 $$
-        elif [[ $line == *'Stopped by '*' after step '* ]]; then
+        elif [[ $line == *'Stopped by '* || $line == *' after step '*'; continue with '* ]]; then
             echo "$line" >"$run_state/stopped"
         fi
     done

