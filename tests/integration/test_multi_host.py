@@ -146,7 +146,7 @@ def filled_in(clone, training_inputs) -> Path:
 def exit_codes(text: str) -> set[str]:
     """What torchrun reports of its workers; it says each twice.
 
-    `colossalai run` prints pieces of the hosts' reports in turn, so not every one of them can be read, nor counted.
+    `colossalai run` prints pieces of the hosts' reports in turn, so not every one can be read, nor counted.
     """
     return set(re.findall(r"exitcode\s*: (-?\d+)[ )]", text))
 
