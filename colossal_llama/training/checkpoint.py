@@ -15,10 +15,8 @@ every process has written its share, the main one lists all files, and renames t
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable
@@ -26,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -49,6 +46,7 @@ from colossal_llama.training.optimizer_files import (
     read_other_layout,
     read_own_shard,
 )
+from colossal_llama.training.random_state import random_state, restore_random_state
 from colossal_llama.training.saving import (
     BackgroundWrite,
     CopyBuffers,
@@ -169,7 +167,7 @@ class CheckpointWriter:
             else:
                 add_optimizer(plan, self.strategy)
                 add_modeling(plan, self.strategy, self.tokenizer, self.is_main, MODELING_DIRECTORY)
-            plan.add_bytes(f"{_RNG_DIRECTORY}/rank-{dist.get_rank():05d}.pt", _rng_state())
+            plan.add_bytes(f"{_RNG_DIRECTORY}/rank-{dist.get_rank():05d}.pt", random_state())
             if self.is_main:
                 schedule = {**self.schedule.__dict__, "step": state.step}
                 for name, value in (
@@ -371,7 +369,7 @@ class CheckpointWriter:
                 "within rounding, not bit for bit"
             )
         else:
-            _load_rng(checkpoint / _RNG_DIRECTORY / f"rank-{dist.get_rank():05d}.pt")
+            restore_random_state(checkpoint / _RNG_DIRECTORY / f"rank-{dist.get_rank():05d}.pt")
         return state
 
     def _remove_old(self, keep: Path) -> None:
@@ -406,23 +404,3 @@ def _raise_or(failure: OSError | None, value: Any) -> Any:
     if failure is not None:
         raise failure
     return value
-
-
-def _rng_state() -> bytes:
-    """Generators of python, numpy, torch and the GPU."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def _load_rng(path: Path) -> None:
-    # Our own file, not a stranger's: it holds numpy arrays and tuples, which weights_only loading refuses.
-    state = torch.load(path, weights_only=False)
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -110,6 +110,8 @@ def start_process(args: argparse.Namespace) -> StopRequest:
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
     if os.environ["MASTER_PORT"] == "0":
         os.environ["MASTER_PORT"] = str(_free_port())
+    # colossalai reads Gemini's optimizer with torch.load, which would run what a stranger pickled.
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
