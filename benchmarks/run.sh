@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every benchmark and writes benchmarks/results/<date>-<machine kind>.md: promises, figures, raw output.
 #
-#   bash benchmarks/run.sh                      the real thing: hours on two cores, on a machine that does nothing else
+#   bash benchmarks/run.sh                      the real thing: half an hour on two cores, on a machine that does nothing else
 #   bash benchmarks/run.sh --toy                everything at toy shapes, in a minute or two: shows that it runs
 #   bash benchmarks/run.sh --only packing_peer  one of them (may be given several times)
 #   bash benchmarks/run.sh --output FILE        writes there
@@ -70,7 +70,7 @@ if [[ $toy ]]; then
     measure sft_padding 1 sft_padding.py --hidden_size 32 --num_layers 1 --vocab_size 256 --num_samples 64 \
         --max_length 128
     measure start_up 1 start_up.py --repeats 1 --only_training --processes 1 --plugins ddp
-    measure scaling 1 scaling.py --toy --picture "$work/scaling.png"
+    measure scaling 1 scaling.py --toy
     measure gpu 1 gpu_step.py --toy
 else
     measure init_tokenizer 1 init_tokenizer.py
@@ -87,7 +87,7 @@ else
         measure sft_padding "$cores" sft_padding.py
     fi
     measure start_up 1 start_up.py
-    measure scaling 1 scaling.py --picture "$work/scaling.png"
+    measure scaling 1 scaling.py
     measure gpu 1 gpu_step.py
 fi
 

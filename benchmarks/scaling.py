@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,16 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from figures import installed_versions, report
+from figures import RECORDS_VARIABLE, installed_versions, report
 
 from colossal_llama.utils.arguments import ArgumentParser
 from colossal_llama.utils.console import format_table, log
 from colossal_llama.utils.errors import run_command
+
+if TYPE_CHECKING:
+    from colossal_llama.dataset.loader import PreparedDataset
 
 ROOT = Path(__file__).resolve().parents[1]
 # Growth is judged between points that take at least this long; below, fixed costs are all there is to see.
@@ -49,7 +54,9 @@ class Curve:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="scaling.py", description=__doc__)
-    picture = ROOT / "benchmarks" / "results" / "scaling.png"
+    # Beside the figures of benchmarks/run.sh, else where its results go.
+    figures = os.environ.get(RECORDS_VARIABLE) or ROOT / "benchmarks" / "results" / "figures"
+    picture = Path(figures).with_name("scaling.png")
     parser.add_argument("--picture", type=Path, default=picture, help="PNG of the curves")
     parser.add_flag("--large", default=False, help="also 1 GB of text and 10,000 and 99,999 bins: an hour")
     parser.add_flag("--toy", default=False, help="toy sizes: shows that the script runs")
@@ -57,7 +64,9 @@ def build_parser() -> ArgumentParser:
 
 
 def measure_in_process(function: str, *arguments: object) -> tuple[float, float]:
-    """(seconds, peak MB above what the imports took) of one of `IN_PROCESS`, in a fresh process."""
+    """(seconds, peak MB above what the imports took, mapped files aside) of one of `IN_PROCESS`, in a fresh
+    process.
+    """
     command = [sys.executable, str(Path(__file__).resolve()), "--point", function, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -113,14 +122,14 @@ def resume_at(position: str) -> None:
     next(iter(StepSampler(RowOrder(source, 42, bucketed=False), plan, 0, int(position), 1)))
 
 
-def make_index(part: str, count: str) -> None:
+def make_index(part: str, count: str) -> PreparedDataset:
     """`PreparedDataset` over a part that is listed so many times."""
     from colossal_llama.dataset.loader import PreparedDataset
 
-    PreparedDataset([Path(part)] * int(count), 4096, need_documents=True)
+    return PreparedDataset([Path(part)] * int(count), 4096, need_documents=True)
 
 
-IN_PROCESS: dict[str, Callable[..., None]] = {"order": make_order, "resume": resume_at, "index": make_index}
+IN_PROCESS: dict[str, Callable[..., object]] = {"order": make_order, "resume": resume_at, "index": make_index}
 
 
 def run_point(function: str, arguments: list[str]) -> None:
@@ -130,11 +139,14 @@ def run_point(function: str, arguments: list[str]) -> None:
     import colossal_llama.dataset.loader  # noqa: F401 - counted before, not as the point's
 
     def peak_mb() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        """Without mapped files: the kernel may take their pages back, and counts them once a map."""
+        mapped_kb = re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - int(mapped_kb)) / 1024
 
     before, started = peak_mb(), time.perf_counter()
-    IN_PROCESS[function](*arguments)
+    result = IN_PROCESS[function](*arguments)
     print(json.dumps([time.perf_counter() - started, peak_mb() - before]))
+    del result  # its maps had to be there to be told apart
 
 
 def write_part(directory: Path, num_rows: int) -> Path:

@@ -21,6 +21,7 @@ from colossal_llama.utils.files import read_json
 PREPARED_FILE = "prepared.json"
 # The kernel maps at most 65,530 files into a process unless told otherwise, and an open part takes memory.
 MAX_OPEN_PARTS = 4096
+# 4 MB of row numbers, or 8: what a core's cache holds.
 _ROWS_AT_ONCE = 1 << 20
 _PART_NAME = re.compile(r"part-(\d+)$")
 
@@ -232,15 +233,42 @@ class RowOrder:
         rows = np.empty(self.num_rows, dtype=np.uint32 if self.num_rows < 2**32 else np.int64)
         filled = 0
         for number, ranges in enumerate(self.buckets):
-            first = filled
-            for start, end in ranges:
-                # In pieces, so that the numbers are never in memory twice.
-                for piece in range(start, end, _ROWS_AT_ONCE):
-                    size = min(_ROWS_AT_ONCE, end - piece)
-                    rows[filled : filled + size] = np.arange(piece, piece + size)
-                    filled += size
-            np.random.default_rng([self.seed, epoch, number]).shuffle(rows[first:filled])
+            size = sum(end - start for start, end in ranges)
+            _shuffle(ranges, rows[filled : filled + size], [self.seed, epoch, number])
+            filled += size
         return rows
+
+
+def _shuffle(ranges: Sequence[tuple[int, int]], out: np.ndarray, seed: Sequence[int]) -> None:
+    """Fills `out` with the numbers of all ranges, every order being as likely as any other.
+
+    Swaps all over the memory grow slower with it, so numbers that fill more than a cache are dealt to piles
+    at random, and each pile is shuffled by itself (Rao 1961, Sandelius 1962).
+    """
+    num_piles = max(1, min(256, -(-len(out) // _ROWS_AT_ONCE)))
+    sizes = np.zeros(num_piles, dtype=np.int64)
+    for _, piles in _deal(ranges, num_piles, np.random.default_rng(seed)):
+        sizes += np.bincount(piles, minlength=num_piles)
+    filled = np.cumsum(sizes) - sizes
+    generator = np.random.default_rng(seed)  # deals the same again: nothing had to be kept
+    for numbers, piles in _deal(ranges, num_piles, generator):
+        by_pile = numbers[np.argsort(piles, kind="stable")]
+        ends = np.cumsum(np.bincount(piles, minlength=num_piles))
+        for pile, share in enumerate(np.split(by_pile, ends[:-1])):
+            out[filled[pile] : filled[pile] + len(share)] = share
+            filled[pile] += len(share)
+    for size, end in zip(sizes, filled, strict=True):
+        generator.shuffle(out[end - size : end])
+
+
+def _deal(
+    ranges: Sequence[tuple[int, int]], num_piles: int, generator: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The numbers of all ranges and the pile of each, in pieces: they are never in memory twice."""
+    for start, end in ranges:
+        for first in range(start, end, _ROWS_AT_ONCE):
+            numbers = np.arange(first, min(first + _ROWS_AT_ONCE, end))
+            yield numbers, generator.integers(num_piles, size=len(numbers), dtype=np.uint8)
 
 
 @dataclass

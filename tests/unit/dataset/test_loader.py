@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -72,16 +73,33 @@ def numbered_source(num_rows: int, bucket_sizes: list[int] | None = None) -> Lis
 # The collator
 
 
-def test_order_does_not_depend_on_how_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows_at_once", [1 << 20, 100, 3])
+def test_order_of_any_number_of_piles_is_a_permutation(
+    monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    monkeypatch.setattr(loader, "_ROWS_AT_ONCE", rows_at_once)
     source = RandomRows(1000, 4, 50, 0)
     source.bucket_ranges = [[(0, 7), (300, 1000)], [(7, 300)]]
-    orders = []
-    for rows_at_once in (1 << 20, 3):
-        monkeypatch.setattr(loader, "_ROWS_AT_ONCE", rows_at_once)
-        orders += [RowOrder(source, 1, bucketed).permutation(2).tolist() for bucketed in (False, True)]
-    assert orders[:2] == orders[2:]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(1000))
-    assert sorted(orders[1][707:]) == list(range(7, 300))
+    whole, in_buckets = (RowOrder(source, 1, bucketed).permutation(2).tolist() for bucketed in (False, True))
+    assert sorted(whole) == sorted(in_buckets) == list(range(1000))
+    assert sorted(in_buckets[707:]) == list(range(7, 300))
+    if rows_at_once == 1 << 20:
+        plain = np.arange(1000)
+        np.random.default_rng([1, 2, 0]).shuffle(plain)
+        assert whole == plain.tolist()
+
+
+@pytest.mark.parametrize("rows_at_once", [4, 2, 1])
+def test_every_order_is_as_likely_as_any_other(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
+    monkeypatch.setattr(loader, "_ROWS_AT_ONCE", rows_at_once)
+    source, num_draws = numbered_source(4), 4800
+    orders = Counter(
+        tuple(RowOrder(source, seed, bucketed=False).permutation(0)) for seed in range(num_draws)
+    )
+    assert len(orders) == 24
+    expected = num_draws / 24
+    chi_square = sum((count - expected) ** 2 / expected for count in orders.values())
+    assert chi_square < 49.7  # exceeded once in 1,000 times with 23 degrees of freedom
 
 
 def test_the_collators_docstring_example() -> None:
