@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ FAST = ["packing_peer", "train_step", "gpu"]
 
 def run_benchmarks(output: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = ["bash", str(ROOT / "benchmarks" / "run.sh"), "--toy", "--output", str(output), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
 
 
 def table_of(results: Path) -> dict[str, tuple[str, ...]]:
