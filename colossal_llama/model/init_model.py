@@ -117,7 +117,7 @@ def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, p
         for tensors in layout.shards.values()
     )
     _refuse_other_weights(target, set(names.values()) | ({SAFETENSORS_INDEX} if len(names) > 1 else set()))
-    target.mkdir(parents=True, exist_ok=True)
+    target.resolve().mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(target, total)
     (target / CONFIG_FILE).unlink(missing_ok=True)
 

@@ -129,6 +129,12 @@ def test_wrong_version_and_bad_flags(
     result = run(root, SFT, **{**good, "data_output_dirs": sft_dir})
     assert result.returncode == 2
     assert "input directory" in result.stderr
+    (tmp_path / "file").touch()
+    no_directories = {"data_output_dirs": tmp_path / "file", "data_arrow_output_dir": tmp_path / "file" / "a"}
+    result = run(root, SFT, **{**good, **no_directories})
+    assert result.returncode == 2
+    for flag, place in no_directories.items():
+        assert f"--{flag} {place}: " in result.stderr
     assert "Traceback" not in result.stderr
 
 
