@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from colossal_llama.inference.arguments import model_name
+from colossal_llama.model.newer_config import adopt_earlier_names
 from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def load_model(
     base = name if adapter_config is None else _find_base_model(name, Path(adapter_config))
     where = f"--model_path {name}" + ("" if adapter_config is None else f": base model {base}")
     with loading_errors(where, base):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = adopt_earlier_names(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code))
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         dtype = choose_dtype(dtype_name, device, config.torch_dtype, empty.num_parameters())
