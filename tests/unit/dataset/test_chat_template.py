@@ -176,6 +176,26 @@ def test_a_template_that_can_not_be_used(tokenizer: Any, make_encoder: MakeEncod
         check_chat_template(tokenizer)
 
 
+def test_a_template_that_fails(make_encoder: MakeEncoder) -> None:
+    with pytest.raises(UserError, match="refuses it: can only concatenate"):
+        make_encoder("{{ 'a' + 1 }}")
+
+
+def test_a_conversation_that_the_assistant_begins(tokenizer: Any, make_encoder: MakeEncoder) -> None:
+    messages = [Message("assistant", "Hi."), *TALK[1:3]]
+    (piece,) = encode(make_encoder(PLAIN), messages).pieces
+    assert split_signed(piece)[0].tolist() == apply(tokenizer, PLAIN, messages)["input_ids"]
+    said = f"Hi.{tokenizer.eos_token}InChina.{tokenizer.eos_token}"
+    assert tokenizer.decode(piece[piece >= 0]).replace(" ", "") == said
+    with pytest.raises(BadRecord, match="refuses it"):
+        make_encoder(STRICT).parse(as_value(messages))
+
+
+def test_the_date_does_not_depend_on_the_day(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("{{ strftime_now('%d %B %Y') }}{{ date_string }}" + PLAIN)
+    assert encoder.parse(as_value(TALK)).full.text.startswith("26 July 202426 Jul 2024")
+
+
 def test_conversations_that_the_template_refuses_are_bad_records(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder(STRICT)
     with pytest.raises(BadRecord, match="refuses it: user first"):
