@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import secrets
 import time
@@ -223,7 +224,14 @@ def _find_run_key(shards: list[Shard], spec: EncoderSpec, facts: dict[str, Any],
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(repr(shard).encode())
-    what = {**facts, "splice": settings.splice, "skip": settings.skip_bad_records, "spec": spec.as_key()}
+    arrow_dir = os.path.relpath(settings.data_arrow_output_dir.resolve(), settings.data_output_dirs.resolve())
+    what = {
+        **facts,
+        "splice": settings.splice,
+        "skip": settings.skip_bad_records,
+        "spec": spec.as_key(),
+        "arrow_dir": arrow_dir,  # parts that lie in another one are none of this run's
+    }
     digest.update(json.dumps(what, sort_keys=True).encode())
     return digest.hexdigest()[:24]
 

@@ -176,7 +176,7 @@ def _read_batches(shard: Shard, encoder: RecordEncoder, summary: ShardSummary) -
     num_characters = 0
     for line in read_lines(shard):
         summary.num_lines += 1
-        if line.isspace():
+        if not line.strip():  # also what is left of a file that holds nothing but a byte order mark
             continue
         try:
             record = encoder.parse(parse_object(line))
