@@ -46,7 +46,7 @@ from colossal_llama.dataset.workers import Workers, open_workers
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.utils.console import log, progress_bar
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import locked_directory, read_json, remove_path, write_json
+from colossal_llama.utils.files import locked_directory, naming, read_json, remove_path, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -180,7 +180,9 @@ def prepare(
         shard_tasks, summaries = _encode_shards(workers, shards, spec, settings)
         _check_bad_records(settings, shards, summaries)
         stats = _write_bins(workers, shard_tasks, summaries, settings, info, run_key, run_id, facts)
-        draw_lengths(stats, settings.data_output_dirs / "stats.png")
+        picture = settings.data_output_dirs / "stats.png"
+        with naming(picture):
+            draw_lengths(stats, picture)
         write_json(settings.stats_path, stats)
         node_table = workers.describe_nodes()
     log(format_statistics(stats))
@@ -202,7 +204,8 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> Toke
     for other in directory.iterdir():
         if TOKENIZER_NAME.fullmatch(other.name):
             other.unlink()
-    path.write_text(text, encoding="utf-8")
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
     backend = load_plain_backend(str(path))
     for token_id, token in tokenizer.added_tokens_decoder.items():
         text = f"{token.content} a{token.content}"
@@ -454,8 +457,9 @@ def _write_plan(
     within = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
     pieces = np.repeat(first_pieces[documents], sizes) + within
     plan_dir.mkdir(parents=True, exist_ok=True)
-    np.save(plan_dir / "lengths.npy", piece_lengths[pieces])
-    np.save(plan_dir / "offsets.npy", offsets[pieces])
+    with naming(plan_dir):
+        np.save(plan_dir / "lengths.npy", piece_lengths[pieces])
+        np.save(plan_dir / "offsets.npy", offsets[pieces])
     return starts[document_bounds].tolist()
 
 

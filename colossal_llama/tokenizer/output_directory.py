@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from colossal_llama.utils.files import sync_directory
+from colossal_llama.utils.files import naming, sync_directory
 
 
 def objection_to_output(directory: Path) -> str | None:
@@ -41,7 +41,7 @@ def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[
     aside.mkdir()
     try:
         for name, content in contents.items():
-            with open(aside / name, "wb") as file:
+            with naming(directory / name), open(aside / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

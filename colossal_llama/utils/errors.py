@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -55,6 +56,15 @@ def print_problems(problems: Iterable[str]) -> None:
     sys.stderr.flush()
 
 
+def prepare_output_streams() -> None:
+    """Output that was closed goes nowhere; characters that the terminal's encoding lacks are escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (as long as we run)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def run_command(main: Callable[[], int | None], exit_at_once: bool = False) -> None:
     """Runs a script's `main` and exits: 2 with the problems on stderr for a `UserError`, 130 for Ctrl-C.
 
@@ -62,6 +72,7 @@ def run_command(main: Callable[[], int | None], exit_at_once: bool = False) -> N
         exit_at_once: leave without the interpreter's clean-up. Destroying a gloo process group whose peers
             have left can hang for ever (seen with torch 2.5 on three ranks), holding the interpreter's lock.
     """
+    prepare_output_streams()
     try:
         code = _run(main)
     except Exception:

@@ -49,6 +49,23 @@ def test_a_scripts_own_code(returned: int | None, code: int) -> None:
     assert caught.value.code == code
 
 
+@pytest.mark.parametrize(
+    ("stdout", "written"), [("", b"a\xfc\\u4eba\\ud800\n"), (" >&-", b"")], ids=["latin-1", "closed"]
+)
+def test_any_standard_output_will_do(stdout: str, written: bytes) -> None:
+    code = (
+        "from colossal_llama.utils import console, errors;"
+        "errors.run_command(lambda: console.log('a\\xfc\\u4eba\\ud800'))"
+    )
+    result = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -c "{code}"{stdout}'],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, written, b"")
+
+
 def test_faults_of_the_program_keep_their_traceback() -> None:
     def main() -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
