@@ -44,6 +44,7 @@ from colossal_llama.dataset.statistics import (
 from colossal_llama.dataset.tokenization import EncoderSpec, load_plain_backend
 from colossal_llama.dataset.workers import Workers, open_workers
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
+from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
 from colossal_llama.utils.console import log, progress_bar
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import locked_directory, naming, read_json, remove_path, write_json
@@ -122,6 +123,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a Hugging Face directory; `UserError` when there is none, or no BOS or EOS."""
     from transformers import AutoTokenizer
 
+    refuse_newer_settings(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the Rust library has no exception types of its own

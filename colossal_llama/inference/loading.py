@@ -18,6 +18,7 @@ from transformers.utils import find_adapter_config_file
 
 from colossal_llama.inference.arguments import model_name
 from colossal_llama.model.newer_config import adopt_earlier_names
+from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
 from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def load_tokenizer(
         flag = "--model_path"
         has_own = not Path(model).is_dir() or (Path(model) / "tokenizer_config.json").is_file()
         name = model if has_own else base
+    refuse_newer_settings(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust library has no exception types of its own
