@@ -17,6 +17,10 @@ def objection_to_output(directory: Path) -> str | None:
         existing = existing.parent
     if not existing.is_dir():
         return "is not a directory" if existing == wanted else f"{existing} is not a directory"
+    try:
+        str(wanted).encode("utf-8")
+    except UnicodeEncodeError:
+        return "its path is not UTF-8 text, which the libraries need; choose another name"
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"{existing} can't be written to"
     return None
