@@ -125,7 +125,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
     refuse_newer_settings(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # Not left open: transformers would ask standard input whether to run the directory's code.
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library has no exception types of its own
         raise UserError(f"--tokenizer_dir {directory}: no tokenizer can be loaded: {error}") from None
     if not tokenizer.is_fast:

@@ -58,7 +58,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     refuse_newer_settings(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory, split_special_tokens=True)
+        # Not left open: transformers would ask standard input whether to run the directory's code.
+        return AutoTokenizer.from_pretrained(directory, split_special_tokens=True, trust_remote_code=False)
     except Exception as error:  # the Rust library has no exception types of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--tokenizer_dirs {directory}: no tokenizer can be loaded ({reason})") from None

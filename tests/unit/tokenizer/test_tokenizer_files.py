@@ -46,6 +46,23 @@ def test_settings_of_transformers_5(llama3_tokenizer_dir: Path, tmp_path: Path, 
     READERS[reader](source)
 
 
+@pytest.mark.parametrize("reader", READERS)
+def test_code_that_comes_with_a_tokenizer_is_not_run(
+    llama2_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """Not even where standard input says yes to all questions."""
+    source = tmp_path / "source"
+    shutil.copytree(llama2_tokenizer_dir, source)
+    (source / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Own: pass\n")
+    path = source / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(UserError):
+        READERS[reader](source)
+    assert not (tmp_path / "executed").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
