@@ -498,6 +498,16 @@ def test_special_tokens_between_old_and_new_ids() -> None:
     assert plan.segments == [("kept", 0, 3), ("new", 3, 4)]
 
 
+def test_a_tokenizer_that_was_put_beside_a_smaller_model(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    source = change_source(tiny_model_dir, tmp_path / "source")
+    tokenizer = extend_tokenizer(source)
+    shutil.copytree(tokenizer, source, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="has to hold the tokenizer that belongs to the model"):
+        extend_model(source, tokenizer, tmp_path / "target")
+
+
 def test_token_without_text_in_the_source_is_refused() -> None:
     with pytest.raises(UserError, match="no text"):
         plan_rows({0: "a"}, {0: "a", 1: "?"}, 1, 1, lambda tokens: [[] for _ in tokens])
