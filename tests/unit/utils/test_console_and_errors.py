@@ -66,6 +66,24 @@ def test_any_standard_output_will_do(stdout: str, written: bytes) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, written, b"")
 
 
+def test_a_reader_that_goes_away_does_not_end_the_work() -> None:
+    code = (
+        "import time; from colossal_llama.utils import console, errors\n"
+        "def main():\n"
+        "    time.sleep(0.5)\n"
+        "    for write in (console.log, console.warn):\n"
+        "        write('a'); write('b')\n"
+        "    console.PlainProgress(total=1)._write_line(1.0)\n"
+        "    return 7\n"
+        "errors.run_command(main)"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait() == 7
+
+
 def test_faults_of_the_program_keep_their_traceback() -> None:
     def main() -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
