@@ -12,7 +12,10 @@ from colossal_llama.utils.files import naming, sync_directory
 
 def objection_to_output(directory: Path) -> str | None:
     """Why no file can be put into `directory`, which need not exist yet; None when one can."""
-    wanted = existing = directory.resolve()  # a link to what is not there yet is followed, and that is made
+    try:
+        wanted = existing = directory.resolve()  # a link to what is not there yet: that is what will be made
+    except (OSError, RuntimeError):
+        return "is a link that leads back to itself"
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():

@@ -21,6 +21,13 @@ _ENVIRONMENT_ERRNOS = {
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.EBUSY,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
 }
 
 
@@ -97,7 +104,8 @@ def _run(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in _ENVIRONMENT_ERRNOS:
             raise
-        print_problems([f"{error.filename or 'output'}: {error.strerror}"])
+        # Of two files, the second is the one that was written.
+        print_problems([f"{error.filename2 or error.filename or 'output'}: {error.strerror}"])
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -34,6 +34,12 @@ def test_a_directory_that_is_there_stays_the_same_one(tmp_path: Path) -> None:
     assert tmp_path.stat().st_ino == before
 
 
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert objection_to_output(tmp_path / "loop") is not None
+    assert objection_to_output(tmp_path / "loop" / "below") is not None
+
+
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     assert "not UTF-8 text" in objection_to_output(tmp_path / "\udcff" / "below")
 

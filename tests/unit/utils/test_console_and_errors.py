@@ -27,6 +27,7 @@ from colossal_llama.utils.errors import UserError, run_command
             "error: a.jsonl:7: no target\nerror: --lr 0: too small\n",
         ),
         (OSError(errno.ENOSPC, "No space left on device", "out"), 2, "error: out: No space left on device\n"),
+        (OSError(errno.EIO, "Input/output error", "a", None, "b"), 2, "error: b: Input/output error\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
