@@ -146,7 +146,8 @@ class TemplateRenderer:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.values()
         self.special_tokens = sorted(
-            (token.content for token in added if token.special), key=lambda token: (-len(token), token)
+            (t.content for t in added if t.special or (t.content in template and is_mark(t.content))),
+            key=lambda token: (-len(token), token),
         )
         alternatives = "|".join(map(re.escape, self.special_tokens))
         self.special_pattern = re.compile(alternatives)
@@ -241,6 +242,15 @@ class TemplateRenderer:
             parts += [text[position : len(before)], OPEN, text[len(before) : len(after)], CLOSE]
             position = len(after)
         return "".join([*parts, text[position:]])
+
+
+def is_mark(token: str) -> bool:
+    """Whether an added token that is not said to be special looks like one, `<|im_end|>` for instance.
+
+    A template that writes such a token means it as a control token, however it was added to the vocabulary.
+    """
+    ends = token[:1] + token[-1:]
+    return len(token) > 2 and not any(character.isalnum() or character.isspace() for character in ends)
 
 
 def renamed(index: int) -> str:
