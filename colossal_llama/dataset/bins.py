@@ -28,6 +28,7 @@ from colossal_llama.dataset.tokenization import split_signed
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import (
     aside_path,
+    naming,
     remove_path,
     replace_path,
     sync_directory,
@@ -239,11 +240,13 @@ class RowWriter:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._stream.close()
+        with naming(self._arrow_file.name):
+            self._stream.close()
         for file in (self._arrow_file, self._jsonl_file):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+            with naming(file.name):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
 
     @property
     def digest(self) -> str:
@@ -263,29 +266,30 @@ class RowWriter:
         self.num_labels += int((labels >= 0).sum())
         token_starts = np.concatenate(([0], np.cumsum(row_lengths))).astype(np.int32)
         document_starts = np.concatenate(([0], np.cumsum(num_documents))).astype(np.int32)
-        self._stream.write_batch(
-            pa.record_batch(
-                [
-                    pa.ListArray.from_arrays(_as_arrow(token_starts), _as_arrow(input_ids)),
-                    pa.ListArray.from_arrays(_as_arrow(token_starts), _as_arrow(labels)),
-                    pa.ListArray.from_arrays(_as_arrow(document_starts), _as_arrow(document_lengths)),
-                ],
-                schema=_schema(),
-            )
+        batch = pa.record_batch(
+            [
+                pa.ListArray.from_arrays(_as_arrow(token_starts), _as_arrow(input_ids)),
+                pa.ListArray.from_arrays(_as_arrow(token_starts), _as_arrow(labels)),
+                pa.ListArray.from_arrays(_as_arrow(document_starts), _as_arrow(document_lengths)),
+            ],
+            schema=_schema(),
         )
+        with naming(self._arrow_file.name):
+            self._stream.write_batch(batch)
         for array in (stored, document_lengths, token_starts, document_starts):
             self._hash.update(array.data)
         tokens, documents = token_starts.tolist(), document_starts.tolist()
-        for row in range(len(row_lengths)):
-            ids = slice(tokens[row], tokens[row + 1])
-            value = {
-                "input_ids": input_ids[ids],
-                "labels": labels[ids],
-                "document_lengths": document_lengths[documents[row] : documents[row + 1]],
-            }
-            self._jsonl_file.write(
-                orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-            )
+        with naming(self._jsonl_file.name):
+            for row in range(len(row_lengths)):
+                ids = slice(tokens[row], tokens[row + 1])
+                value = {
+                    "input_ids": input_ids[ids],
+                    "labels": labels[ids],
+                    "document_lengths": document_lengths[documents[row] : documents[row + 1]],
+                }
+                self._jsonl_file.write(
+                    orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+                )
 
 
 def _as_arrow(array: np.ndarray) -> pa.Array:

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +43,7 @@ MARKS = re.compile(f"[{OPEN}-{RENAMED}]")
 ROLE_NAMES = {"human": "user", "assistant": "assistant", "system": "system"}
 GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 # Some templates write today's date, and the output would depend on it; this is LLaMA 3.1's own default.
+DATE = datetime(2024, 7, 26)
 DATE_STRING = "26 Jul 2024"
 
 
@@ -144,7 +146,8 @@ class TemplateRenderer:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.values()
         self.special_tokens = sorted(
-            (token.content for token in added if token.special), key=lambda token: (-len(token), token)
+            (t.content for t in added if t.special or (t.content in template and is_mark(t.content))),
+            key=lambda token: (-len(token), token),
         )
         alternatives = "|".join(map(re.escape, self.special_tokens))
         self.special_pattern = re.compile(alternatives)
@@ -197,24 +200,24 @@ class TemplateRenderer:
         return [span for span, answer in zip(spans, answers, strict=True) if answer.content]
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
         chat = [
             {"role": ROLE_NAMES[message.role], "content": self._quote(message.content)}
             for message in messages
         ]
         try:
-            return self.tokenizer.apply_chat_template(
-                chat,
+            (text,) = self.tokenizer.apply_chat_template(
+                [chat],  # a batch, which transformers also takes when there is no message in it yet
                 chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 date_string=DATE_STRING,
+                strftime_now=DATE.strftime,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and fails in any way
             raise BadRecord(
                 "refused by the chat template", f"the chat template refuses it: {error}"
             ) from None
+        return text
 
     def _quote(self, content: str) -> str:
         return self.special_pattern.sub(
@@ -239,6 +242,15 @@ class TemplateRenderer:
             parts += [text[position : len(before)], OPEN, text[len(before) : len(after)], CLOSE]
             position = len(after)
         return "".join([*parts, text[position:]])
+
+
+def is_mark(token: str) -> bool:
+    """Whether an added token that is not said to be special looks like one, `<|im_end|>` for instance.
+
+    A template that writes such a token means it as a control token, however it was added to the vocabulary.
+    """
+    ends = token[:1] + token[-1:]
+    return len(token) > 2 and not any(character.isalnum() or character.isspace() for character in ends)
 
 
 def renamed(index: int) -> str:

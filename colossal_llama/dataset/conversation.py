@@ -65,9 +65,15 @@ def find_end_of_turn(tokenizer: PreTrainedTokenizerBase, llama_version: int) -> 
     """Id of the token that ends a turn, looked up by name: LLaMA-3 base has another EOS than its chat turns.
 
     Raises:
-        UserError: the tokenizer lacks it.
+        UserError: the tokenizer lacks it, or finds it in plain text too.
     """
     token_id = _find_token(tokenizer, END_OF_TURN[llama_version])
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    if added is not None and not added.special:
+        raise UserError(
+            f"{tokenizer.name_or_path}: {END_OF_TURN[llama_version]} is an ordinary added word, and a text "
+            'that spells it would end the turn; give it "special": true in the tokenizer\'s files'
+        )
     if token_id is None:
         others = [str(v) for v, name in END_OF_TURN.items() if _find_token(tokenizer, name) is not None]
         remedy = f"use --llama_version {others[0]}" if others else "use a LLaMA tokenizer"

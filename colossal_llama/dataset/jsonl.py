@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,12 @@ from colossal_llama.dataset.storage import (
     open_range,
     stat_file,
 )
+from colossal_llama.utils.console import warn
 from colossal_llama.utils.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+# Names of files that may well be meant as input, though they are not read.
+SIMILAR_NAME = re.compile(r"[^.].*\.(jsonl?|jsonlines|ndjson)(\.\w+)?", re.IGNORECASE)
 UTF8_BOM = b"\xef\xbb\xbf"
 # Small enough that a small corpus keeps every worker busy to the end, and never more shards than that.
 MIN_SHARD_BYTES = 2 << 20
@@ -60,8 +64,8 @@ def find_input_files(directories: Sequence[Path | str]) -> list[list[InputFile]]
     """The input files of each directory or URL, sorted by name.
 
     Raises:
-        UserError: a directory without any, one that is given twice or can't be listed, or `.zst` files
-            without `zstandard`.
+        UserError: a directory without any, one that is given twice or can't be listed, a link to nothing, a
+            file that is there packed and unpacked, or `.zst` files without `zstandard`.
     """
     problems, found = [], []
     seen: set[str] = set()
@@ -79,6 +83,7 @@ def find_input_files(directories: Sequence[Path | str]) -> list[list[InputFile]]
             problems.append(
                 f"--data_input_dirs {directory}: holds no {', '.join('*' + s for s in SUFFIXES)} file"
             )
+        problems += _find_missed_and_doubled(directory, files)
         found.append(files)
     compressed = [file.path for files in found for file in files if file.name.endswith(".zst")]
     if compressed and _import_zstandard() is None:
@@ -86,6 +91,33 @@ def find_input_files(directories: Sequence[Path | str]) -> list[list[InputFile]]
     if problems:
         raise UserError(problems)
     return found
+
+
+def _find_missed_and_doubled(directory: Path | str, files: list[InputFile]) -> list[str]:
+    """Problems with records that would be left out, or counted twice; warns of files that are not read."""
+    names = {file.name for file in files}
+    problems = [
+        f"--data_input_dirs {directory}: holds both {name} and {name}{packing}; its records would count twice"
+        for name in sorted(names)
+        for packing in (".gz", ".zst")
+        if f"{name}{packing}" in names
+    ]
+    if is_url(directory):
+        return problems
+    others = sorted(path for path in Path(directory).iterdir() if path.name not in names)
+    unread = []
+    for path in others:
+        if path.name.endswith(SUFFIXES) and path.is_symlink() and not path.exists():
+            problems.append(f"{path}: a link to {path.readlink()}, which is not there; mend or remove it")
+        elif SIMILAR_NAME.fullmatch(path.name):
+            unread.append(path.name)
+    if unread:
+        more = f" and {len(unread) - 5:,} more" if len(unread) > 5 else ""
+        warn(
+            f"--data_input_dirs {directory}: {', '.join(unread[:5])}{more} not read: input is what ends "
+            f"in {', '.join(SUFFIXES)}"
+        )
+    return problems
 
 
 def make_shards(files: list[list[InputFile]]) -> list[Shard]:
@@ -180,6 +212,8 @@ def _read_plain_lines(file: BinaryIO, shard: Shard) -> Iterator[bytes]:
 @contextlib.contextmanager
 def _open(shard: Shard) -> Iterator[Any]:
     with open_range(shard.path, shard.size, shard.end) as file:
+        if not shard.size and not shard.path.endswith(".jsonl"):
+            raise EOFError("it is empty")  # as a broken download is; the libraries take it for no data
         if shard.path.endswith(".gz"):
             with gzip.open(file) as unpacked:
                 yield io.BufferedReader(unpacked, READ_BUFFER_BYTES)

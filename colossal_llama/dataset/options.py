@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from colossal_llama.dataset.storage import is_url
+from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import (
     ArgumentParser,
     add_max_length,
@@ -88,7 +89,17 @@ def _ray_address(text: str) -> str:
 
 
 def _check_directories(args: Namespace) -> list[str]:
-    """Output that lands in an input directory would be read as input by the next run."""
+    """Output must be writable; in an input directory it would be read as input by the next run."""
+    problems = [
+        f"{flag} {directory}: {objection}"
+        for flag, directory in (
+            ("--data_output_dirs", args.data_output_dirs),
+            ("--data_arrow_output_dir", args.data_arrow_output_dir),
+        )
+        if directory is not None and (objection := objection_to_output(directory))
+    ]
+    if problems:
+        return problems
     if args.data_arrow_output_dir is None:
         args.data_arrow_output_dir = args.data_output_dirs / "arrow"
     written = {

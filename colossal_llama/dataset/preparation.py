@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import secrets
 import time
@@ -43,9 +44,10 @@ from colossal_llama.dataset.statistics import (
 from colossal_llama.dataset.tokenization import EncoderSpec, load_plain_backend
 from colossal_llama.dataset.workers import Workers, open_workers
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
+from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
 from colossal_llama.utils.console import log, progress_bar
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import locked_directory, read_json, remove_path, write_json
+from colossal_llama.utils.files import locked_directory, naming, read_json, remove_path, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -121,8 +123,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a Hugging Face directory; `UserError` when there is none, or no BOS or EOS."""
     from transformers import AutoTokenizer
 
+    refuse_newer_settings(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # Not left open: transformers would ask standard input whether to run the directory's code.
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library has no exception types of its own
         raise UserError(f"--tokenizer_dir {directory}: no tokenizer can be loaded: {error}") from None
     if not tokenizer.is_fast:
@@ -179,7 +183,9 @@ def prepare(
         shard_tasks, summaries = _encode_shards(workers, shards, spec, settings)
         _check_bad_records(settings, shards, summaries)
         stats = _write_bins(workers, shard_tasks, summaries, settings, info, run_key, run_id, facts)
-        draw_lengths(stats, settings.data_output_dirs / "stats.png")
+        picture = settings.data_output_dirs / "stats.png"
+        with naming(picture):
+            draw_lengths(stats, picture)
         write_json(settings.stats_path, stats)
         node_table = workers.describe_nodes()
     log(format_statistics(stats))
@@ -201,7 +207,8 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> Toke
     for other in directory.iterdir():
         if TOKENIZER_NAME.fullmatch(other.name):
             other.unlink()
-    path.write_text(text, encoding="utf-8")
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
     backend = load_plain_backend(str(path))
     for token_id, token in tokenizer.added_tokens_decoder.items():
         text = f"{token.content} a{token.content}"
@@ -223,7 +230,14 @@ def _find_run_key(shards: list[Shard], spec: EncoderSpec, facts: dict[str, Any],
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(repr(shard).encode())
-    what = {**facts, "splice": settings.splice, "skip": settings.skip_bad_records, "spec": spec.as_key()}
+    arrow_dir = os.path.relpath(settings.data_arrow_output_dir.resolve(), settings.data_output_dirs.resolve())
+    what = {
+        **facts,
+        "splice": settings.splice,
+        "skip": settings.skip_bad_records,
+        "spec": spec.as_key(),
+        "arrow_dir": arrow_dir,  # parts that lie in another one are none of this run's
+    }
     digest.update(json.dumps(what, sort_keys=True).encode())
     return digest.hexdigest()[:24]
 
@@ -446,8 +460,9 @@ def _write_plan(
     within = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
     pieces = np.repeat(first_pieces[documents], sizes) + within
     plan_dir.mkdir(parents=True, exist_ok=True)
-    np.save(plan_dir / "lengths.npy", piece_lengths[pieces])
-    np.save(plan_dir / "offsets.npy", offsets[pieces])
+    with naming(plan_dir):
+        np.save(plan_dir / "lengths.npy", piece_lengths[pieces])
+        np.save(plan_dir / "offsets.npy", offsets[pieces])
     return starts[document_bounds].tolist()
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from colossal_llama.dataset.jsonl import BadRecord, Shard, parse_object, read_lines
 from colossal_llama.dataset.statistics import Counts
 from colossal_llama.dataset.tokenization import EncoderSpec, RecordEncoder, load_encoder
-from colossal_llama.utils.files import aside_path, wait_for_file
+from colossal_llama.utils.files import aside_path, naming, wait_for_file
 
 CACHE_FORMAT = 1
 CACHE_NAME = re.compile(
@@ -106,7 +106,7 @@ def encode_shard(task: ShardTask) -> ShardSummary:
     category_index: dict[str, int] = {}
     aside = aside_path(task.tokens_path)
     try:
-        with open(aside, "wb") as file:
+        with naming(task.tokens_path), open(aside, "wb") as file:
             for records in _read_batches(task.shard, encoder, summary):
                 pieces = []
                 for record, outcome in zip(records, encoder.encode(records), strict=True):
@@ -176,7 +176,7 @@ def _read_batches(shard: Shard, encoder: RecordEncoder, summary: ShardSummary) -
     num_characters = 0
     for line in read_lines(shard):
         summary.num_lines += 1
-        if line.isspace():
+        if not line.strip():  # also what is left of a file that holds nothing but a byte order mark
             continue
         try:
             record = encoder.parse(parse_object(line))
@@ -200,7 +200,7 @@ def _write_table(task: ShardTask, table: ShardTable, summary: ShardSummary) -> N
 
     aside = aside_path(task.table_path)
     try:
-        with open(aside, "wb") as file:
+        with naming(task.table_path), open(aside, "wb") as file:
             np.savez(
                 file,
                 piece_lengths=table.piece_lengths,

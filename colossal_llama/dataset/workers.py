@@ -67,8 +67,13 @@ class LocalWorkers:
             # fork would copy the locks of the threads that libraries have started here.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (self.functions,))
-            for _ in range(self.num_workers):
-                self._pool.submit(_do_nothing)
+            # Ctrl-C reaches workers too. They inherit that it waits, also while they are still starting.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                for _ in range(self.num_workers):
+                    self._pool.submit(_do_nothing)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -17,6 +17,7 @@ from colossal_llama.utils.arguments import (
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 STANDARD_INPUT = "-"
+MIN_TEMPERATURE = 1e-6  # divided by much less, logits overflow
 
 
 def build_parser() -> ArgumentParser:
@@ -219,6 +220,9 @@ def _check_clashes(args: Namespace) -> list[str]:
         problems.append(
             f"--llama_version {args.llama_version}: has no effect with --chat_template; leave it out"
         )
-    if args.do_sample and args.temperature == 0:
-        problems.append("--temperature 0: sampling needs more than 0; use --do_sample False")
+    if args.do_sample and args.temperature < MIN_TEMPERATURE:
+        problems.append(
+            f"--temperature {args.temperature:g}: sampling needs {MIN_TEMPERATURE:g} or more; "
+            "use --do_sample False"
+        )
     return problems

@@ -27,6 +27,14 @@ OWN_MODES = (
     "num_beams",
     "num_beam_groups",
     "num_return_sequences",
+    "early_stopping",
+    "diversity_penalty",
+    "length_penalty",
+    "force_words_ids",
+    "constraints",
+    "dola_layers",
+    "low_memory",
+    "token_healing",
     "penalty_alpha",
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
@@ -156,7 +164,7 @@ class AnswerGenerator:
         sink.finish()
         if interrupted:
             stopped_by = STOPPED_BY_USER
-        elif sink.ids and sink.ids[-1] in self.end_ids:
+        elif len(sink.ids) < budget or sink.ids[-1] in self.end_ids:
             stopped_by = STOPPED_BY_END
         else:
             stopped_by = STOPPED_BY_LIMIT if budget == self.max_new_tokens else STOPPED_BY_CONTEXT
@@ -193,6 +201,7 @@ class AnswerGenerator:
             # The configuration holds the model's own settings already, and some of them are meant to be off.
             use_model_defaults=False,
             streamer=sink,
+            tokenizer=self.tokenizer,  # for the model's own `stop_strings`
             **cache,
         )
 

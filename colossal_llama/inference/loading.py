@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from colossal_llama.inference.arguments import model_name
+from colossal_llama.model.newer_config import adopt_earlier_names
+from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
 from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ def load_model(
     base = name if adapter_config is None else _find_base_model(name, Path(adapter_config))
     where = f"--model_path {name}" + ("" if adapter_config is None else f": base model {base}")
     with loading_errors(where, base):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = adopt_earlier_names(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code))
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         dtype = choose_dtype(dtype_name, device, config.torch_dtype, empty.num_parameters())
@@ -133,6 +135,7 @@ def load_tokenizer(
         flag = "--model_path"
         has_own = not Path(model).is_dir() or (Path(model) / "tokenizer_config.json").is_file()
         name = model if has_own else base
+    refuse_newer_settings(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust library has no exception types of its own

@@ -92,6 +92,12 @@ def plan_rows(
 
     subtokens = dict(zip(new_ids, encode([target_tokens[row] for row in new_ids]), strict=True))
     for row, ids in subtokens.items():
+        if row in source_tokens and ids == [row]:
+            raise UserError(
+                f"the source's tokenizer has {target_tokens[row]!r} (id {row}), its model has only "
+                f"{source_rows:,} rows; --source_model_and_tokenizer_path has to hold the tokenizer that "
+                "belongs to the model"
+            )
         if not ids or max(ids) >= source_rows:
             raise UserError(
                 f"token {target_tokens[row]!r} (id {row}) is no text that the source has embeddings for "

@@ -80,6 +80,8 @@ def main() -> None:
 
     source = args.source_model_and_tokenizer_path
     config = read_json(source / CONFIG_FILE)
+    if not isinstance(config, dict):
+        raise UserError(f"{source / CONFIG_FILE}: not a JSON object, so not the configuration of a model")
     source_tokenizer = read_tokenizer_files(source, "--source_model_and_tokenizer_path")
     target_tokenizer = read_tokenizer_files(args.target_tokenizer_path, "--target_tokenizer_path")
     layout = read_layout(find_shards(source, "--source_model_and_tokenizer_path"))
@@ -106,18 +108,27 @@ def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, p
         target_tensor,
         write_shard,
     )
-    from colossal_llama.model.weight_files import FLOAT_DTYPES, SAFETENSORS_INDEX, output_name, sum_bytes
+    from colossal_llama.model.newer_config import earlier_names
+    from colossal_llama.model.weight_files import (
+        FLOAT_DTYPES,
+        SAFETENSORS_INDEX,
+        SAFETENSORS_SINGLE,
+        output_name,
+        sum_bytes,
+    )
     from colossal_llama.utils.files import sync_directory, write_json
 
     target = args.target_model_path
     dtype = DTYPES.get(args.dtype)
     names = {path: output_name(path) for path in layout.shards}
+    if len(names) == 1:  # also of an index of one shard: written without an index, no other name is found
+        names = dict.fromkeys(names, SAFETENSORS_SINGLE)
     total = sum(
         sum_bytes(target_tensor(tensor, plan, dtype) for tensor in tensors.values())
         for tensors in layout.shards.values()
     )
     _refuse_other_weights(target, set(names.values()) | ({SAFETENSORS_INDEX} if len(names) > 1 else set()))
-    target.mkdir(parents=True, exist_ok=True)
+    target.resolve().mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(target, total)
     (target / CONFIG_FILE).unlink(missing_ok=True)
 
@@ -128,9 +139,11 @@ def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, p
     _copy_small_files(args)
     if len(names) > 1:
         write_json(target / SAFETENSORS_INDEX, index_of(written))
-    config = {**config, "vocab_size": plan.num_rows}
+    config = {**config, **earlier_names(config), "vocab_size": plan.num_rows}
     if dtype is not None:
         config["torch_dtype"] = FLOAT_DTYPES[dtype]
+        if "dtype" in config:
+            config["dtype"] = FLOAT_DTYPES[dtype]
     sync_directory(target)
     write_json(target / CONFIG_FILE, config)
 

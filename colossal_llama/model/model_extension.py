@@ -23,6 +23,7 @@ from colossal_llama.model.weight_files import (
     write_tensor,
 )
 from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import naming
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +126,7 @@ def write_shard(
     aside = target.with_name(f".{target.name}.tmp")
     try:
         written = [target_tensor(tensor, plan, dtype) for tensor in shard.tensors.values()]
-        with open(aside, "wb") as output:
+        with naming(target), open(aside, "wb") as output:
             write_header(written, output)
             for tensor in written:
                 if tensor.name in (EMBEDDING, OUTPUT_HEAD):

@@ -54,12 +54,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a directory; special-token strings in texts are plain text to it."""
     from transformers import AutoTokenizer
 
+    from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
+
+    refuse_newer_settings(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory, split_special_tokens=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--tokenizer_dirs {directory}: no tokenizer can be loaded ({str(error).splitlines()[0]})"
-        ) from None
+        # Not left open: transformers would ask standard input whether to run the directory's code.
+        return AutoTokenizer.from_pretrained(directory, split_special_tokens=True, trust_remote_code=False)
+    except Exception as error:  # the Rust library has no exception types of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--tokenizer_dirs {directory}: no tokenizer can be loaded ({reason})") from None
 
 
 def compare(name: str, tokenizer: PreTrainedTokenizerBase, samples: Iterable[str]) -> Comparison:

@@ -7,44 +7,53 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from colossal_llama.utils.files import sync_directory
+from colossal_llama.utils.files import naming, sync_directory
 
 
 def objection_to_output(directory: Path) -> str | None:
     """Why no file can be put into `directory`, which need not exist yet; None when one can."""
-    existing = directory.absolute()
+    try:
+        wanted = existing = directory.resolve()  # a link to what is not there yet: that is what will be made
+    except (OSError, RuntimeError):
+        return "is a link that leads back to itself"
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        return "is not a directory" if existing == directory.absolute() else f"{existing} is not a directory"
+        return "is not a directory" if existing == wanted else f"{existing} is not a directory"
+    try:
+        str(wanted).encode("utf-8")
+    except UnicodeEncodeError:
+        return "its path is not UTF-8 text, which the libraries need; choose another name"
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"{existing} can't be written to"
     return None
 
 
 def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[str]) -> None:
-    """Writes `contents` beside `directory`, then moves them in.
+    """Writes `contents` aside, then moves them in.
 
-    A directory that does not exist yet, or is empty, appears complete in one rename. In another one, the
-    files named last in `contents` go first and come back last, so that until the end it can't be loaded.
+    A directory that does not exist yet appears complete in one rename. In one that does (it may be a mount
+    point, or all that may be written to), the files named last in `contents` go first and come back last, so
+    that until the end it can't be loaded.
 
     Args:
         contents: file name -> bytes; the last ones are those without which nothing can be loaded.
         owned: names that this program may remove from the directory: an earlier run's leftovers.
     """
-    directory = directory.absolute()
+    directory = directory.resolve()
+    is_new = not directory.exists()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = directory.parent / f".{directory.name}.tmp"
+    aside = (directory.parent if is_new else directory) / f".{directory.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
     aside.mkdir()
     try:
         for name, content in contents.items():
-            with open(aside / name, "wb") as file:
+            with naming(directory / name), open(aside / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         sync_directory(aside)
-        if not directory.exists() or not any(directory.iterdir()):
+        if is_new:
             os.replace(aside, directory)
         else:
             for name in reversed([*owned, *contents]):

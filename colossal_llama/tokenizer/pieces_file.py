@@ -118,8 +118,10 @@ def _parse_line(raw: bytes) -> tuple[str, str | None]:
         record = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return "", f"not UTF-8 text (byte {error.start} of the line)"
-    except (json.JSONDecodeError, RecursionError) as error:
-        return "", f"not valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
+    except json.JSONDecodeError as error:
+        return "", f"not valid JSON ({error.msg})"
+    except (ValueError, RecursionError):
+        return "", "not valid JSON (a number too long, or nested too deeply)"
     if not isinstance(record, dict) or "piece" not in record:
         return "", 'no "piece" in it; write {"piece": "人工智能"}'
     piece = record["piece"]

@@ -9,6 +9,7 @@ into bytes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -95,12 +96,21 @@ class SentencePieceSource:
         )
 
     @property
+    def is_made_from_slow(self) -> bool:
+        """Whether transformers makes the fast tokenizer anew at every load, without `tokenizer.json`."""
+        return self.files.config.get("add_prefix_space") is not None
+
+    @property
     def has_ambiguous_prefix(self) -> bool:
-        """Whether slow and fast tokenizer understand `"add_prefix_space": null` differently."""
-        states_null = (
-            "add_prefix_space" in self.files.config and self.files.config["add_prefix_space"] is None
-        )
-        return states_null and not self.legacy and self._fast_puts_prefix()
+        """Whether `add_prefix_space` has to be left out for slow and fast tokenizer to agree.
+
+        They understand `null` differently. With `true`, transformers makes a fast one that leaves the prefix
+        out before a space (see `skips_prefix_before_spaces`).
+        """
+        if self.legacy or "add_prefix_space" not in self.files.config:
+            return False
+        stated = self.files.config["add_prefix_space"]
+        return self._fast_puts_prefix() if stated is None else bool(stated)
 
     def _fast_puts_prefix(self) -> bool:
         fast = self.files.fast or {}
@@ -109,6 +119,26 @@ class SentencePieceSource:
         return pre_tokenizer.get("prepend_scheme", "never") != "never" or any(
             step.get("type") == "Prepend" for step in steps
         )
+
+    def _prefix_problems(self) -> list[str]:
+        """That one of slow and fast tokenizer puts a space before every text, and the other does not."""
+        if self.has_ambiguous_prefix:
+            return []
+        stated = self.files.config.get("add_prefix_space", True)
+        slow = self.proto.normalizer_spec.add_dummy_prefix if self.legacy else bool(stated)
+        if self.is_made_from_slow:
+            fast = bool(stated)
+        else:
+            fast = slow if self.files.fast is None else self._fast_puts_prefix()
+        if slow == fast:
+            return []
+        first, second = ("slow", "fast") if slow else ("fast", "slow")
+        return [
+            f"{self.files.directory / CONFIG_FILE}: the {first} tokenizer puts a space before every text, "
+            f"the {second} one does not. To have both do as the slow one, leave add_prefix_space out and "
+            f"remove {FAST_FILE}, which is made anew; as the fast one, write "
+            f'"legacy": false and "add_prefix_space": {str(fast).lower()}'
+        ]
 
     def extend(self, listed: ListedPieces, unreachable_mode: str) -> VocabularyExtension:
         """See `extend_sentencepiece`."""
@@ -148,6 +178,7 @@ class SentencePieceSource:
                 f"{self.files.directory / CONFIG_FILE}: tokenizer_class {tokenizer_class}; only "
                 "LlamaTokenizer and LlamaTokenizerFast are known to encode as this program assumes"
             )
+        problems += self._prefix_problems()
         if problems:
             raise UserError(problems)
 
@@ -215,14 +246,13 @@ def extend_sentencepiece(
 
 def sentencepiece_files(source: SentencePieceSource, extension: VocabularyExtension) -> dict[str, bytes]:
     """The files of the extended tokenizer that differ from the source's: file name -> content."""
-    import orjson
-
     new_pieces = [*extension.added, *extension.characters, *extension.intermediates]
     proto = _extended_proto(source, new_pieces)
     files = {SENTENCEPIECE_FILE: proto.SerializeToString(), FAST_FILE: _fast_tokenizer(source, proto)}
     if source.has_ambiguous_prefix:
         config = {key: value for key, value in source.files.config.items() if key != "add_prefix_space"}
-        files[CONFIG_FILE] = orjson.dumps(config, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        # Not by orjson: transformers' "no limit" of `model_max_length` has more than 64 bits.
+        files[CONFIG_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 
 
@@ -271,9 +301,10 @@ def _notes(source: SentencePieceSource) -> list[str]:
             f"{SENTENCEPIECE_FILE} does not; the new {FAST_FILE} has it too"
         )
     if source.has_ambiguous_prefix:
+        stated = json.dumps(source.files.config["add_prefix_space"])
         notes.append(
-            f"'add_prefix_space: null' in the source's {CONFIG_FILE} means yes to the fast tokenizer and no "
-            "to the slow one; it is left out of the new one, and both put the prefix"
+            f"'add_prefix_space: {stated}' in the source's {CONFIG_FILE} means one thing to the fast "
+            "tokenizer and another to the slow one; it is left out of the new one, and both put the prefix"
         )
     if source.outside:
         notes.append(
@@ -303,7 +334,7 @@ def _fast_tokenizer(source: SentencePieceSource, proto: Any) -> bytes:
     import orjson
 
     fast = source.files.fast
-    if fast is None:
+    if fast is None or source.is_made_from_slow:
         fast = _new_fast_tokenizer(source)
     else:
         _check_fast_matches(source, fast)

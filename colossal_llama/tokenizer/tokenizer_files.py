@@ -123,14 +123,23 @@ class TokenizerFiles:
         return default
 
     def _declared_added_tokens(self) -> list[tuple[str, str, int]]:
-        declared = []
-        for key, token in (self.config.get("added_tokens_decoder") or {}).items():
-            declared.append((CONFIG_FILE, token["content"], int(key)))
-        if (self.directory / "added_tokens.json").exists():
-            for content, token_id in read_json(self.directory / "added_tokens.json").items():
-                declared.append(("added_tokens.json", content, int(token_id)))
-        for token in (self.fast or {}).get("added_tokens", []):
-            declared.append((FAST_FILE, token["content"], int(token["id"])))
+        declared: list[tuple[str, str, int]] = []
+        origin = CONFIG_FILE
+        try:
+            for key, token in (self.config.get("added_tokens_decoder") or {}).items():
+                declared.append((origin, token["content"], int(key)))
+            origin = "added_tokens.json"
+            if (self.directory / origin).exists():
+                for content, token_id in read_json(self.directory / origin).items():
+                    declared.append((origin, content, int(token_id)))
+            origin = FAST_FILE
+            for token in (self.fast or {}).get("added_tokens", []):
+                declared.append((origin, token["content"], int(token["id"])))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{self.directory / origin}: its added tokens are not written as transformers writes them; "
+                "save the tokenizer again"
+            ) from None
         return declared
 
     def special_token_strings(self) -> list[str]:
@@ -165,7 +174,30 @@ def read_tokenizer_files(directory: Path, flag: str) -> TokenizerFiles:
         if not isinstance(content, dict):
             raise UserError(f"{path}: not a JSON object")
         contents.append(content)
+    refuse_newer_settings(directory)
     return TokenizerFiles(directory, *contents)
+
+
+def refuse_newer_settings(directory: str | Path) -> None:
+    """Does nothing where `directory` is none, but the name of something on the hub for instance.
+
+    Raises:
+        UserError: it holds a tokenizer with settings that transformers 4 can't load.
+    """
+    path = Path(directory) / CONFIG_FILE
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object")
+    problems = []
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        problems.append(f"{path}: only transformers 5 knows TokenizersBackend; write PreTrainedTokenizerFast")
+    if isinstance(config.get("extra_special_tokens"), list):
+        problems.append(
+            f"{path}: only transformers 5 takes a list of extra_special_tokens; call it "
+            "additional_special_tokens"
+        )
+    if problems:
+        raise UserError(problems)
 
 
 def parse_sentencepiece(path: Path) -> Any:

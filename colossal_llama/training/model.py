@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from colossal_llama.model.newer_config import adopt_earlier_names
+from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
 from colossal_llama.training.attention import install_attention
 from colossal_llama.training.loss import next_token_loss_sum, plain_next_token_loss_sum
 from colossal_llama.training.neftune import EmbeddingNoise
@@ -29,7 +31,7 @@ def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = adopt_earlier_names(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
     except (OSError, ValueError) as error:
         raise UserError(
             f"--pretrained {path}: cannot be read as a Hugging Face model ({_first_line(error)})"
@@ -44,6 +46,7 @@ def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
 def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    refuse_newer_settings(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

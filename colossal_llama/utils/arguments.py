@@ -17,6 +17,8 @@ from colossal_llama.utils.errors import USER_ERROR_EXIT_CODE, UserError, is_main
 TRUE_WORDS = ("true", "1", "yes")
 FALSE_WORDS = ("false", "0", "no")
 
+MAX_ROW_TOKENS = 2**24  # far beyond any model; packing keeps a number for every free space in a row
+
 _INVALID = object()
 
 
@@ -231,7 +233,7 @@ def add_seed(parser: ArgumentParser, group: Any = None) -> None:
 
 def add_max_length(parser: ArgumentParser, group: Any = None) -> None:
     (group or parser).add_argument(
-        "--max_length", type=number(int, minimum=2), default=4096, help="longest row, in tokens"
+        "--max_length", type=number(int, 2, MAX_ROW_TOKENS), default=4096, help="longest row, in tokens"
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from colossal_llama.utils.errors import is_main_process
 
@@ -20,27 +21,28 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def log(message: str) -> None:
     """Prints a line on stdout from rank 0; a running progress bar is kept intact."""
-    if not is_main_process():
-        return
-    if "tqdm" in sys.modules:
-        from tqdm import tqdm
-
-        tqdm.write(message, file=sys.stdout)
-    else:
-        print(message)
-    sys.stdout.flush()
+    if is_main_process():
+        _write_line(message, sys.stdout)
 
 
 def warn(message: str) -> None:
     """Like `log`, on stderr, marked as a warning."""
-    if not is_main_process():
-        return
-    if "tqdm" in sys.modules:
-        from tqdm import tqdm
+    if is_main_process():
+        _write_line(f"warning: {message}", sys.stderr)
 
-        tqdm.write(f"warning: {message}", file=sys.stderr)
-    else:
-        print(f"warning: {message}", file=sys.stderr)
+
+def _write_line(line: str, stream: TextIO) -> None:
+    """Where the reader is gone (`head`, say), what follows goes nowhere: no reason to end the work."""
+    try:
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            tqdm.write(line, file=stream)
+        else:
+            print(line, file=stream)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm | PlainProgress:
@@ -126,7 +128,7 @@ class PlainProgress:
             words += f", {self._amount(rate)} {self.unit}/s" if fast else f", {1 / rate:.1f} s each"
         if rate and self.total and self.n < self.total:
             words += f", {timedelta(seconds=round((self.total - self.n) / rate))} left"
-        print(words + (f", {self.postfix}" if self.postfix else ""), file=sys.stderr, flush=True)
+        _write_line(words + (f", {self.postfix}" if self.postfix else ""), sys.stderr)
 
     def _amount(self, number: float) -> str:
         if not self.unit_scale:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -20,6 +21,13 @@ _ENVIRONMENT_ERRNOS = {
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.EBUSY,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
 }
 
 
@@ -55,6 +63,15 @@ def print_problems(problems: Iterable[str]) -> None:
     sys.stderr.flush()
 
 
+def prepare_output_streams() -> None:
+    """Output that was closed goes nowhere; characters that the terminal's encoding lacks are escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (as long as we run)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def run_command(main: Callable[[], int | None], exit_at_once: bool = False) -> None:
     """Runs a script's `main` and exits: 2 with the problems on stderr for a `UserError`, 130 for Ctrl-C.
 
@@ -62,6 +79,7 @@ def run_command(main: Callable[[], int | None], exit_at_once: bool = False) -> N
         exit_at_once: leave without the interpreter's clean-up. Destroying a gloo process group whose peers
             have left can hang for ever (seen with torch 2.5 on three ranks), holding the interpreter's lock.
     """
+    prepare_output_streams()
     try:
         code = _run(main)
     except Exception:
@@ -86,7 +104,8 @@ def _run(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in _ENVIRONMENT_ERRNOS:
             raise
-        print_problems([f"{error.filename or 'output'}: {error.strerror}"])
+        # Of two files, the second is the one that was written.
+        print_problems([f"{error.filename2 or error.filename or 'output'}: {error.strerror}"])
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

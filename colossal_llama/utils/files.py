@@ -23,6 +23,20 @@ def aside_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Lets an error of the block that names no file (a full disk, at any write) name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is None:  # numpy: it counts the bytes that the disk did not take, and says no more
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        error.filename = str(path)
+        raise
+
+
 def wait_for_file(path: Path, seconds: float = 60.0) -> Path:
     """`path`, once it can be seen.
 
@@ -75,7 +89,7 @@ def write_text_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(path)
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        with naming(path), open(aside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

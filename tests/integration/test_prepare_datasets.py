@@ -122,13 +122,21 @@ def test_wrong_version_and_bad_flags(
     assert "--llama_version 3" in result.stderr
     assert "use --llama_version 2" in result.stderr
     bad = {**good, "num_spliced_dataset_bins": 100000, "data_input_dirs": "/nowhere", "ray_address": "x"}
+    bad["max_length"] = 10**11
     result = run(root, SFT, **bad)
     assert result.returncode == 2
-    for word in ("--num_spliced_dataset_bins 100000", "/nowhere", "--ray_address x"):
+    expected = ("--num_spliced_dataset_bins 100000", "/nowhere", "--ray_address x", "--max_length 10000")
+    for word in expected:
         assert word in result.stderr
     result = run(root, SFT, **{**good, "data_output_dirs": sft_dir})
     assert result.returncode == 2
     assert "input directory" in result.stderr
+    (tmp_path / "file").touch()
+    no_directories = {"data_output_dirs": tmp_path / "file", "data_arrow_output_dir": tmp_path / "file" / "a"}
+    result = run(root, SFT, **{**good, **no_directories})
+    assert result.returncode == 2
+    for flag, place in no_directories.items():
+        assert f"--{flag} {place}: " in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -15,6 +15,7 @@ from colossal_llama.dataset.chat_template import ROLE_NAMES, ChatTemplateEncoder
 from colossal_llama.dataset.conversation import Message
 from colossal_llama.dataset.jsonl import BadRecord
 from colossal_llama.dataset.tokenization import EncoderSpec, Outcome, split_signed
+from colossal_llama.inference.prompt_encoding import choose_prompt_style
 from colossal_llama.utils.errors import UserError
 
 PLAIN = (
@@ -174,6 +175,53 @@ def test_a_template_that_can_not_be_used(tokenizer: Any, make_encoder: MakeEncod
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template"):
         check_chat_template(tokenizer)
+
+
+def test_control_tokens_that_were_added_as_words(llama2_tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Text that spells them is text, an answer ends with them; a word that the template spells stays one."""
+    tokenizer = AutoTokenizer.from_pretrained(llama2_tokenizer_dir)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "assistant"])
+    start, end, word = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "assistant"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    text, tokens = check_chat_template(tokenizer)
+    spec = EncoderSpec(
+        "chat_template", 1, 2, 4096, tokenizer_json=str(path), template=text, template_tokens=tokens
+    )
+    for content, num_words in (("say <|im_end|> now", 1), ("my assistant", 2)):
+        messages = [Message("human", content), Message("assistant", "b")]
+        (piece,) = encode(ChatTemplateEncoder(spec), messages).pieces
+        ids = split_signed(piece)[0].tolist()
+        assert (ids.count(start), ids.count(end), ids.count(word)) == (2, 2, num_words)
+        assert piece[-1] == end
+        if num_words == 2:
+            assert ids == apply(tokenizer, text, messages)["input_ids"]
+    style = choose_prompt_style(tokenizer, "sft", None, True)
+    assert style.end_ids == {tokenizer.eos_token_id, end}
+
+
+def test_a_template_that_fails(make_encoder: MakeEncoder) -> None:
+    with pytest.raises(UserError, match="refuses it: can only concatenate"):
+        make_encoder("{{ 'a' + 1 }}")
+
+
+def test_a_conversation_that_the_assistant_begins(tokenizer: Any, make_encoder: MakeEncoder) -> None:
+    messages = [Message("assistant", "Hi."), *TALK[1:3]]
+    (piece,) = encode(make_encoder(PLAIN), messages).pieces
+    assert split_signed(piece)[0].tolist() == apply(tokenizer, PLAIN, messages)["input_ids"]
+    said = f"Hi.{tokenizer.eos_token}InChina.{tokenizer.eos_token}"
+    assert tokenizer.decode(piece[piece >= 0]).replace(" ", "") == said
+    with pytest.raises(BadRecord, match="refuses it"):
+        make_encoder(STRICT).parse(as_value(messages))
+
+
+def test_the_date_does_not_depend_on_the_day(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("{{ strftime_now('%d %B %Y') }}{{ date_string }}" + PLAIN)
+    assert encoder.parse(as_value(TALK)).full.text.startswith("26 July 202426 Jul 2024")
 
 
 def test_conversations_that_the_template_refuses_are_bad_records(make_encoder: MakeEncoder) -> None:

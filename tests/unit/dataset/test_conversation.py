@@ -101,6 +101,16 @@ def test_version_is_found_from_the_tokenizer(tokenizer, version: int) -> None:
     assert conversation.find_llama_version(tokenizer) == version
 
 
+def test_an_end_of_turn_that_text_can_spell_is_refused(llama2_tokenizer_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama2_tokenizer_dir)
+    tokenizer.add_tokens(["<|eot_id|>"])
+    with pytest.raises(UserError, match="an ordinary added word"):
+        conversation.find_special_tokens(tokenizer, 3)
+    tokenizer = AutoTokenizer.from_pretrained(llama2_tokenizer_dir)
+    tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+    assert conversation.find_special_tokens(tokenizer, 3).end_of_turn_id == 500
+
+
 def test_wrong_version_names_the_flag_and_the_remedy(tokenizer, version: int) -> None:
     with pytest.raises(UserError, match=rf"--llama_version {5 - version}.*use --llama_version {version}"):
         conversation.find_end_of_turn(tokenizer, 5 - version)

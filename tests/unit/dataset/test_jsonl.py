@@ -75,11 +75,11 @@ def test_compressed_files_and_byte_order_mark(tmp_path: Path, suffix: str) -> No
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
-@pytest.mark.parametrize("damage", ["cut", "garbage"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
 def test_damaged_compressed_files_are_an_error(tmp_path: Path, suffix: str, damage: str) -> None:
     content = b"".join(b'{"n": %d}\n' % n for n in range(50_000))
     packed = gzip.compress(content) if suffix.endswith("gz") else zstandard.ZstdCompressor().compress(content)
-    packed = packed[: len(packed) // 2] if damage == "cut" else b"garbage" + packed
+    packed = {"cut": packed[: len(packed) // 2], "garbage": b"garbage" + packed, "empty": b""}[damage]
     (tmp_path / f"x{suffix}").write_bytes(packed)
     (shard,) = jsonl.make_shards(jsonl.find_input_files([tmp_path]))
     with pytest.raises(UserError, match=r"x\.jsonl\.\w+: damaged file"):
@@ -102,6 +102,22 @@ def test_directories_without_input_and_given_twice(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 3
     assert "holds no *.jsonl" in caught.value.problems[0]
     assert "given twice" in caught.value.problems[1]
+
+
+def test_records_left_out_or_counted_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n")
+    for name in ("b.json", "c.JSONL", "d.jsonl.xz", "notes.txt", ".e.jsonl.swp"):
+        (tmp_path / name).touch()
+    (tmp_path / "f.jsonl").mkdir()
+    assert [file.name for file in jsonl.find_input_files([tmp_path])[0]] == ["a.jsonl"]
+    assert f"{tmp_path}: b.json, c.JSONL, d.jsonl.xz, f.jsonl not read" in capsys.readouterr().err
+    (tmp_path / "a.jsonl.gz").touch()
+    (tmp_path / "g.jsonl").symlink_to("nowhere")
+    with pytest.raises(UserError) as caught:
+        jsonl.find_input_files([tmp_path])
+    assert len(caught.value.problems) == 2
+    assert "both a.jsonl and a.jsonl.gz" in caught.value.problems[0]
+    assert f"{tmp_path}/g.jsonl: a link to nowhere, which is not there" in caught.value.problems[1]
 
 
 def test_zst_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

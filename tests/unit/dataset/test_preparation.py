@@ -367,6 +367,25 @@ def test_a_run_that_died_between_bins_goes_on(
     assert not encoded  # every shard came from the cache
 
 
+def test_a_run_that_died_does_not_go_on_in_another_ones_parts(
+    corpus: list[Path], run: Prepare, tmp_path: Path
+) -> None:
+    run(corpus[:1], "other")
+    before = read_bytes(tmp_path / "other")
+    run(corpus)
+    (tmp_path / "out" / "stats.json").unlink()  # as a run leaves it that dies at its end
+    with pytest.raises(UserError, match="is there already, from another run"):
+        run(corpus, data_arrow_output_dir=tmp_path / "other" / "arrow")
+    assert read_bytes(tmp_path / "other") == before
+
+
+def test_a_file_of_nothing_but_a_byte_order_mark_holds_no_record(
+    corpus: list[Path], run: Prepare, tmp_path: Path
+) -> None:
+    (corpus[0] / "zero.jsonl").write_bytes(jsonl.UTF8_BOM)
+    assert run(corpus)["records"]["read"] == 470
+
+
 def test_tasks_that_run_twice_at_once_and_too_late(
     corpus: list[Path], run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

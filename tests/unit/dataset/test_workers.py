@@ -45,6 +45,16 @@ def test_tasks_are_taken_no_faster_than_they_are_done() -> None:
             assert len(taken) <= count + 4
 
 
+def blocked_signals(_: int) -> set[int]:
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+def test_ctrl_c_does_not_reach_workers() -> None:
+    with LocalWorkers(2, [blocked_signals]) as workers:
+        assert all(signal.SIGINT in found for _, found in workers.run(blocked_signals, range(4)))
+    assert signal.SIGINT not in blocked_signals(0)
+
+
 def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
     with LocalWorkers(2, [die]) as workers, pytest.raises(UserError, match="fewer --num_workers"):
         list(workers.run(die, range(4)))

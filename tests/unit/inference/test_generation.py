@@ -106,6 +106,10 @@ def test_modes_and_sampling_settings_of_the_model_do_not_interfere(
         do_sample=True,
         use_cache=False,
         cache_implementation="static",
+        early_stopping=True,
+        length_penalty=0.5,
+        force_words_ids=[[5]],
+        token_healing=True,
     ):
         generator = AnswerGenerator(loaded, frozenset(), 20, None, keep_cache=True)
         assert generator.answer(prompt, print).ids == expected
@@ -125,6 +129,17 @@ def test_stops_at_end_tokens(loaded: LoadedModel, reference: LlamaForCausalLM, w
     assert answer.stopped_by == "end"
     # The end token is no part of the text, even if it is an ordinary one.
     assert answer.text == decode(loaded, answer.ids[:-1])
+
+
+def test_stops_at_the_models_own_stop_strings(loaded: LoadedModel, reference: LlamaForCausalLM) -> None:
+    prompt = make_prompt(loaded, QUESTIONS[0])
+    whole = AnswerGenerator(loaded, frozenset(), 30, None).answer(prompt, print)
+    word = loaded.tokenizer.decode(whole.ids[8:10]).strip()
+    with generation_config(loaded.model, stop_strings=[word]):
+        answer = AnswerGenerator(loaded, frozenset(), 30, None).answer(prompt, print)
+    assert answer.ids == whole.ids[: len(answer.ids)]
+    assert len(answer.ids) < 30
+    assert answer.stopped_by == "end"
 
 
 def test_stops_at_the_limit_and_at_the_end_of_the_context(loaded: LoadedModel) -> None:

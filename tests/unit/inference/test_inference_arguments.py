@@ -110,6 +110,7 @@ def test_local_path_with_a_typing_error_is_not_looked_for_on_the_hub(
         (["--chat", "--prompt_style", "pretrained"], "--chat: --prompt_style pretrained knows no turns"),
         (["--chat", "--chat_template", "--llama_version", "3"], "--llama_version 3: has no effect with"),
         (["--input_txt", "x", "--temperature", "0"], "use --do_sample False"),
+        (["--input_txt", "x", "--temperature", "1e-40"], "--temperature 1e-40: sampling needs 1e-06 or more"),
         (["--input_txt", "x", "--input_format", "jsonl"], "has no effect without --input_file"),
         (["--input_txt", " "], "the prompt is empty"),
     ],

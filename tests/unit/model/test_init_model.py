@@ -275,6 +275,60 @@ def test_values_too_large_for_fp16(
     assert not list((tmp_path / "target").iterdir())
 
 
+@pytest.mark.parametrize("bin", [False, True])
+def test_an_index_of_one_shard(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable, bin: bool
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    source = change_source(tiny_model_dir, tmp_path / "source", bin=bin)
+    stem, suffix = ("pytorch_model", ".bin") if bin else ("model", ".safetensors")
+    shard = source / f"{stem}-00001-of-00001{suffix}"
+    (source / f"{stem}{suffix}").rename(shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(read_weights(source), shard.name)}
+    (source / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    target = extend_model(source, extend_tokenizer(source), tmp_path / "target")
+    state = LlamaForCausalLM.from_pretrained(tmp_path / "target").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in target.items())
+
+
+def test_a_configuration_of_transformers_5(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    """The base of the rotary embedding has another name there; the default in its place would be silent."""
+    from colossal_llama.inference.loading import load_model
+    from colossal_llama.training.model import load_config
+
+    source = change_source(tiny_model_dir, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    for name in ("rope_theta", "rope_scaling", "torch_dtype"):
+        config.pop(name, None)
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    config |= {"rope_parameters": {"rope_theta": 5e5, **scaling}, "dtype": "float32"}
+    (source / "config.json").write_text(json.dumps(config))
+    tokenizer = extend_tokenizer(source)
+    extend_model(source, tokenizer, tmp_path / "target", dtype="bf16")
+    written = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert (written["rope_theta"], written["rope_scaling"]) == (5e5, scaling)
+    assert written["rope_parameters"] == config["rope_parameters"]
+    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+    for loaded in (
+        load_config(str(source), False),
+        load_model(str(source), str(tokenizer), "cpu", "auto", False).model.config,
+    ):
+        assert (loaded.rope_theta, loaded.rope_scaling, loaded.torch_dtype) == (5e5, scaling, torch.float32)
+
+
+def test_a_configuration_that_is_no_object(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    source = change_source(tiny_model_dir, tmp_path / "source")
+    tokenizer = extend_tokenizer(source)
+    (source / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json: not a JSON object"):
+        extend_model(source, tokenizer, tmp_path / "target")
+
+
 def test_padding(
     tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
 ) -> None:
@@ -442,6 +496,16 @@ def test_special_tokens_between_old_and_new_ids() -> None:
     source = {0: "a", 1: "b", 2: "<eot>"}
     plan = plan_rows(source, {**source, 3: "ab"}, 3, 1, lambda tokens: [[0, 1] for _ in tokens])
     assert plan.segments == [("kept", 0, 3), ("new", 3, 4)]
+
+
+def test_a_tokenizer_that_was_put_beside_a_smaller_model(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    source = change_source(tiny_model_dir, tmp_path / "source")
+    tokenizer = extend_tokenizer(source)
+    shutil.copytree(tokenizer, source, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="has to hold the tokenizer that belongs to the model"):
+        extend_model(source, tokenizer, tmp_path / "target")
 
 
 def test_token_without_text_in_the_source_is_refused() -> None:

@@ -37,6 +37,7 @@ def write(path: Path, content: str | bytes) -> Path:
         ('{"piece": "好</s>的"}', "own token '</s>'"),
         ('{"piece": "<0x0A>"}', "own token '<0x0A>'"),
         ('{"piece": "> 人"}', "tears apart"),
+        ('{"piece": ' + "9" * 5000 + "}", "a number too long"),
     ],
 )
 def test_invalid_line_names_file_line_and_reason(tmp_path: Path, line: str, reason: str) -> None:

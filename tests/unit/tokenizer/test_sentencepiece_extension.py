@@ -309,6 +309,61 @@ def test_existing_fast_tokenizer_is_kept_but_for_its_vocabulary(
         assert fast(text).input_ids == fast_before(text).input_ids
 
 
+@pytest.mark.parametrize("has_fast", [False, True])
+@pytest.mark.parametrize("stated", [{}, {"add_prefix_space": True}, {"add_prefix_space": None}], ids=str)
+def test_every_way_to_state_the_prefix(
+    llama2_tokenizer_dir: Path, tmp_path: Path, stated: dict[str, Any], has_fast: bool
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama2_tokenizer_dir, source)
+    if has_fast:
+        load_fast(llama2_tokenizer_dir).save_pretrained(source)
+    path = source / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("add_prefix_space", None)
+    # transformers writes this number where no limit is stated.
+    path.write_text(json.dumps({**config, "legacy": False, "model_max_length": int(1e30), **stated}))
+    run_extension(source, tmp_path / "target", WORDS)
+    slow, fast = load_slow(tmp_path / "target"), load_fast(tmp_path / "target")
+    for text in [*AWKWARD, *random_texts(300, 0, [w.replace("▁", " ") for w in WORDS])]:
+        assert slow(text).input_ids == fast(text).input_ids, text
+    assert slow.model_max_length == int(1e30)
+
+
+@pytest.mark.parametrize(
+    ("dummy_prefix", "settings"),
+    [
+        (True, {"legacy": True, "add_prefix_space": False}),
+        (False, {"legacy": True, "add_prefix_space": True}),
+        (False, {"legacy": True}),
+    ],
+)
+def test_a_prefix_of_one_form_alone_is_refused_and_the_advice_works(
+    tmp_path: Path, dummy_prefix: bool, settings: dict[str, Any]
+) -> None:
+    proto = make_proto(["▁", "a", "b", "▁a"], add_dummy_prefix=dummy_prefix)
+    source = write_sentencepiece(tmp_path / "source", proto, **settings)
+    load_fast(source).backend_tokenizer.save(str(source / "tokenizer.json"))
+    with pytest.raises(UserError, match="puts a space before every text") as caught:
+        run_extension(source, tmp_path / "target", ["人工"])
+    (problem,) = caught.value.problems
+    path = source / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    as_fast = {"legacy": False, "add_prefix_space": "true" in problem.rpartition("add_prefix_space")[2]}
+    path.write_text(json.dumps({**config, **as_fast}))
+    expected = load_fast(source)("a b").input_ids
+    run_extension(source, tmp_path / "as_fast", ["人工"])
+    assert load_slow(tmp_path / "as_fast")("a b").input_ids == expected
+    assert load_fast(tmp_path / "as_fast")("a b").input_ids == expected
+    config.pop("add_prefix_space", None)
+    path.write_text(json.dumps(config))
+    (source / "tokenizer.json").unlink()
+    expected = load_slow(source)("a b").input_ids
+    run_extension(source, tmp_path / "as_slow", ["人工"])
+    assert load_slow(tmp_path / "as_slow")("a b").input_ids == expected
+    assert load_fast(tmp_path / "as_slow")("a b").input_ids == expected
+
+
 def test_fast_tokenizer_in_the_form_of_the_published_llama_2(
     llama2_tokenizer_dir: Path, tmp_path: Path
 ) -> None:

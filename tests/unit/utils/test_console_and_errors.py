@@ -27,6 +27,7 @@ from colossal_llama.utils.errors import UserError, run_command
             "error: a.jsonl:7: no target\nerror: --lr 0: too small\n",
         ),
         (OSError(errno.ENOSPC, "No space left on device", "out"), 2, "error: out: No space left on device\n"),
+        (OSError(errno.EIO, "Input/output error", "a", None, "b"), 2, "error: b: Input/output error\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
@@ -47,6 +48,41 @@ def test_a_scripts_own_code(returned: int | None, code: int) -> None:
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: returned)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("stdout", "written"), [("", b"a\xfc\\u4eba\\ud800\n"), (" >&-", b"")], ids=["latin-1", "closed"]
+)
+def test_any_standard_output_will_do(stdout: str, written: bytes) -> None:
+    code = (
+        "from colossal_llama.utils import console, errors;"
+        "errors.run_command(lambda: console.log('a\\xfc\\u4eba\\ud800'))"
+    )
+    result = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -c "{code}"{stdout}'],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, written, b"")
+
+
+def test_a_reader_that_goes_away_does_not_end_the_work() -> None:
+    code = (
+        "import time; from colossal_llama.utils import console, errors\n"
+        "def main():\n"
+        "    time.sleep(0.5)\n"
+        "    for write in (console.log, console.warn):\n"
+        "        write('a'); write('b')\n"
+        "    console.PlainProgress(total=1)._write_line(1.0)\n"
+        "    return 7\n"
+        "errors.run_command(main)"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait() == 7
 
 
 def test_faults_of_the_program_keep_their_traceback() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import (
     aside_path,
     locked_directory,
+    naming,
     read_json,
     replace_path,
     wait_for_file,
@@ -63,10 +65,24 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         write_text_atomically(path, "new")
+    assert caught.value.filename == str(path)
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["text"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), OSError("1000 requested and 10 written")]
+)
+def test_errors_of_writing_name_the_file(error: OSError) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, naming("a/b"):
+        raise error
+    again = pickle.loads(pickle.dumps(caught.value))  # as it comes from a worker
+    assert (again.errno, again.filename) == (28, "a/b")
+    with pytest.raises(FileNotFoundError) as named, naming("a/b"):
+        open("/nowhere/file")  # noqa: SIM115
+    assert named.value.filename == "/nowhere/file"
 
 
 def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
