@@ -93,7 +93,9 @@ class Strategy:
         self.tensor_group = None
         if args.plugin == "3d":
             mesh = self.plugin.pg_mesh
-            self.dp_size, self.dp_rank = mesh.size(self.plugin.dp_axis), mesh.coordinate(self.plugin.dp_axis)
+            self.dp_size = mesh.size(self.plugin.dp_axis)
+            # numpy's integer, which no torch generator takes for a seed.
+            self.dp_rank = int(mesh.coordinate(self.plugin.dp_axis))
             if args.tp > 1:
                 self.tensor_group = self.plugin.tp_group
             if args.enable_sequence_parallelism:

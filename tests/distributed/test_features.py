@@ -58,6 +58,32 @@ def test_lora_is_saved_as_an_adapter_or_merged(tmp_path, training_inputs):
     assert all("proj" in name for name in changed)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_lora_and_neftune_with_the_3d_plugin(merge, tmp_path, training_inputs):
+    """The plugin pads the vocabulary, and numbers its ranks with numpy's integers."""
+    lora = ["--plugin", "3d", "--mixed_precision", "bf16", "--use_neft", "--lora_rank", 4]
+    run = train(tmp_path, 1, *training_inputs.flags(), *SHORT, *lora, "--merge_lora", merge)
+    assert run.returncode == 0, run.output[-3000:]
+    directory = run.save_dir / "modeling"
+    if merge:
+        shapes = {name: tensor.shape for name, tensor in load(training_inputs.model).state_dict().items()}
+        assert {name: tensor.shape for name, tensor in load(directory).state_dict().items()} == shapes
+    else:
+        assert (directory / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("layout", [["--tp", 2], ["--pp", 2]])
+def test_neftune_is_the_same_on_all_ranks_of_a_model(layout, tmp_path, training_inputs):
+    flags = [*training_inputs.flags(), *SHORT, "--mixed_precision", "fp32", "--plugin", "3d", "--use_neft"]
+    whole = train(tmp_path / "whole", 1, *flags)
+    split = train(tmp_path / "split", 2, *flags, *layout, "--microbatch_size", 2)
+    assert whole.returncode == split.returncode == 0, whole.output[-2000:] + split.output[-2000:]
+    if "--tp" in layout:
+        assert split.losses() == pytest.approx(whole.losses(), rel=1e-5)
+    else:  # microbatches draw their noise one after the other
+        assert split.losses() == pytest.approx(whole.losses(), rel=1e-2)
+
+
 def test_lora_starts_from_the_same_adapters_on_every_rank(tmp_path, training_inputs):
     """B is zero at first, so the gradient of A is too: after one step without decay A is as it was drawn."""
     from safetensors.torch import load_file
