@@ -50,8 +50,11 @@ class RowSource(Protocol):
     def describe_row(self, index: int) -> str: ...
 
 
-def find_part_directories(paths: Sequence[Path]) -> list[Path]:
+def find_part_directories(paths: Sequence[Path], flag: str = "--dataset") -> list[Path]:
     """Expands each path to part directories: itself when it is one, else every `part-*` below it.
+
+    Args:
+        flag: the argument that named the paths, for messages.
 
     Raises:
         UserError: a path is missing or holds no prepared data, or a part is given twice.
@@ -59,7 +62,7 @@ def find_part_directories(paths: Sequence[Path]) -> list[Path]:
     parts, problems = [], []
     for path in paths:
         if not path.is_dir():
-            problems.append(f"--dataset {path}: no such directory")
+            problems.append(f"{flag} {path}: no such directory")
         elif (path / "state.json").is_file():
             parts.append(path)
         else:
@@ -68,14 +71,14 @@ def find_part_directories(paths: Sequence[Path]) -> list[Path]:
             )
             if not found:
                 problems.append(
-                    f"--dataset {path}: neither a part directory nor a folder of part-* directories; "
+                    f"{flag} {path}: neither a part directory nor a folder of part-* directories; "
                     "give the arrow/ directory, or parts of it, that a prepare script wrote"
                 )
             parts.extend(found)
     seen: set[Path] = set()
     for part in parts:
         if (resolved := part.resolve()) in seen:
-            problems.append(f"--dataset {part}: given twice; its rows would count twice")
+            problems.append(f"{flag} {part}: given twice; its rows would count twice")
         seen.add(resolved)
     if problems:
         raise UserError(problems)
@@ -90,6 +93,7 @@ class PreparedDataset:
         max_length: rows longer than this are refused.
         need_documents: refuse parts without `document_lengths` (bins made by the original suite).
         tokenizer_fingerprint: of the model's tokenizer; parts made with another one are refused.
+        flag: the argument that named the parts, for messages.
 
     Attributes:
         bucket_ranges: for each bucket, in order, the [start, end) ranges of its rows; part-N of all
@@ -104,6 +108,7 @@ class PreparedDataset:
         max_length: int,
         need_documents: bool,
         tokenizer_fingerprint: str | None = None,
+        flag: str = "--dataset",
     ) -> None:
         self.paths = list(parts)
         self.max_length = max_length
@@ -116,14 +121,14 @@ class PreparedDataset:
             try:
                 table = self._table(number)
             except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-                problems.append(f"--dataset {path}: cannot be read ({type(error).__name__}: {error})")
+                problems.append(f"{flag} {path}: cannot be read ({type(error).__name__}: {error})")
                 continue
             missing = {"input_ids", "labels"} - set(table.column_names)
             if missing:
-                problems.append(f"--dataset {path}: has no column {', '.join(sorted(missing))}")
+                problems.append(f"{flag} {path}: has no column {', '.join(sorted(missing))}")
                 continue
             self.starts[number + 1] += len(table)
-            problems.extend(_check_part(path, table, need_documents, tokenizer_fingerprint))
+            problems.extend(_check_part(path, table, need_documents, tokenizer_fingerprint, flag))
             lengths = _row_lengths(table)
             if len(lengths) and lengths.max() > max_length:
                 problems.append(
@@ -138,7 +143,7 @@ class PreparedDataset:
             bucket = int(match.group(1)) if match else number
             buckets.setdefault(bucket, []).append((int(self.starts[number]), int(self.starts[number + 1])))
         if not problems and len(self) == 0:
-            problems.append("--dataset: the given parts hold no rows at all")
+            problems.append(f"{flag}: the given parts hold no rows at all")
         if problems:
             raise UserError(problems)
         self.bucket_ranges = [buckets[bucket] for bucket in sorted(buckets)]
@@ -196,11 +201,11 @@ def _row_lengths(table: pa.Table) -> np.ndarray:
 
 
 def _check_part(
-    path: Path, table: pa.Table, need_documents: bool, tokenizer_fingerprint: str | None
+    path: Path, table: pa.Table, need_documents: bool, tokenizer_fingerprint: str | None, flag: str
 ) -> list[str]:
     if need_documents and "document_lengths" not in table.column_names:
         return [
-            f"--dataset {path}: has no document_lengths (made by the original suite?), so its documents "
+            f"{flag} {path}: has no document_lengths (made by the original suite?), so its documents "
             "cannot be kept apart; pass --no-isolate_documents, or prepare the data again"
         ]
     if not (path / PREPARED_FILE).is_file() or tokenizer_fingerprint is None:
@@ -208,7 +213,7 @@ def _check_part(
     prepared = read_json(path / PREPARED_FILE)
     if prepared.get("tokenizer_fingerprint") != tokenizer_fingerprint:
         return [
-            f"--dataset {path}: was prepared with another tokenizer (fingerprint "
+            f"{flag} {path}: was prepared with another tokenizer (fingerprint "
             f"{prepared.get('tokenizer_fingerprint')}, {prepared.get('vocab_size')} tokens) than the model's "
             f"({tokenizer_fingerprint}); prepare it with --tokenizer_dir set to the model's directory"
         ]

@@ -365,7 +365,8 @@ class CheckpointWriter:
         else:
             read_own_shard(checkpoint / OPTIMIZER_DIRECTORY, self.strategy)
         if changed:
-            torch.manual_seed((self.strategy.args.seed * 100_003 + dist.get_rank()) * 100_003 + state.step)
+            mixed = (self.strategy.args.seed * 100_003 + dist.get_rank()) * 100_003 + state.step
+            torch.manual_seed(mixed % 2**63)  # torch takes 64 bits
             log(
                 f"The layout has changed ({', '.join(changed)}): training continues at the same row, equal "
                 "within rounding, not bit for bit"

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_directories
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.training.arguments import GEMINI_PLUGINS
-from colossal_llama.training.checkpoint import changed_layout
+from colossal_llama.training.checkpoint import SCHEDULE_FILE, changed_layout
 from colossal_llama.training.checkpoint_directories import (
     STATE_FILE,
     find_damage,
@@ -27,6 +27,7 @@ from colossal_llama.training.interruption import StopRequest
 from colossal_llama.training.model import (
     add_lora,
     freeze_all_but_embeddings,
+    is_weights_directory,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -163,13 +164,20 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
         raise UserError(f"--pad_token {args.pad_token}: the tokenizer has no such token; use the other one")
     fingerprint = tokenizer_fingerprint(tokenizer)
 
-    def read(paths: list[Path]) -> PreparedDataset:
-        return PreparedDataset(
-            find_part_directories(paths), args.max_length, args.isolate_documents, fingerprint
-        )
-
-    evaluation_sets = {str(path): read([path]) for path in args.eval_dataset or ()}
-    return Inputs(config, tokenizer, pad_token_id, read(args.dataset), evaluation_sets)
+    evaluation_paths = args.eval_dataset or []
+    wanted = [("--dataset", args.dataset), *(("--eval_dataset", [path]) for path in evaluation_paths)]
+    opened, problems = [], []
+    for flag, paths in wanted:
+        try:
+            parts = find_part_directories(paths, flag)
+            opened.append(PreparedDataset(parts, args.max_length, args.isolate_documents, fingerprint, flag))
+        except UserError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UserError(problems)
+    source, *evaluated = opened
+    evaluation_sets = dict(zip(map(str, evaluation_paths), evaluated, strict=True))
+    return Inputs(config, tokenizer, pad_token_id, source, evaluation_sets)
 
 
 def lock_save_dir(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> None:
@@ -304,6 +312,15 @@ def continue_at_same_row(
     )
 
 
+def keep_warm_up(args: argparse.Namespace, checkpoint: Path, plan: TrainingPlan) -> None:
+    """Warm-up steps that were given count rows once the run has begun: steps of another size scale them."""
+    if args.warmup_steps is None:
+        return  # a share of all steps
+    warmup_steps = read_json(checkpoint / SCHEDULE_FILE)["warmup_steps"]
+    before = read_json(checkpoint / STATE_FILE)["rows_per_step"]
+    plan.schedule = replace(plan.schedule, warmup_steps=round(warmup_steps * before / plan.rows_per_step))
+
+
 def boost_model(
     args: argparse.Namespace,
     strategy: Strategy,
@@ -318,7 +335,7 @@ def boost_model(
         weights, flag = str(checkpoint / "modeling"), "--load_checkpoint"
     elif stage_weights is not None:
         weights, flag = str(stage_weights), "--load_checkpoint"
-    has_weights = not args.benchmark or any(Path(args.pretrained).glob("*.safetensors"))
+    has_weights = not args.benchmark or is_weights_directory(Path(args.pretrained))
     if has_weights:
         causal_lm = load_causal_lm(weights, inputs.config, strategy.parameter_dtype, flag)
     else:

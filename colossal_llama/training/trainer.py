@@ -259,7 +259,7 @@ class Trainer:
 
     def _evaluate_again(self) -> bool:
         """Makes up for the evaluation that the stop of the run has cut short; as `_evaluate`."""
-        results: dict[str, Any] = {"step": self.state.step}
+        results: dict[str, Any] = {"step": self.state.step, "tokens": self.state.tokens}
         stopped = self._evaluate(results)
         if self.metrics is not None and not stopped:
             self.metrics.complete_last(results)

@@ -247,6 +247,14 @@ def test_dry_run_plans_seven_billion_parameters_on_64_gpus(tmp_path, training_in
     assert "--tp 3" in wrong.stderr
 
 
+def test_one_rank_alone_prints_the_plan(training_inputs):
+    flags = [*training_inputs.flags(), "--plugin", "ddp", "--dry_run"]
+    for rank, printed in (("0", True), ("1", False)):
+        finished = run_plain(*flags, WORLD_SIZE="2", RANK=rank)
+        assert finished.returncode == 0, finished.stderr
+        assert ("steps of the schedule" in finished.stdout) == printed
+
+
 def test_gemini_on_a_cpu_is_refused_with_the_alternative(training_inputs):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here, where Gemini works")
@@ -262,3 +270,12 @@ def test_benchmark_reports_speed_and_saves_nothing(tmp_path, training_inputs):
     assert run.returncode == 0, run.output[-3000:]
     assert "tokens/s" in run.output
     assert not (run.save_dir / "modeling").exists()
+
+
+def test_benchmark_finds_weights_in_bin_files(tmp_path, training_inputs):
+    old = tmp_path / "old"
+    load(training_inputs.model).save_pretrained(old, safe_serialization=False)
+    flags = ["--pretrained", old, "--max_length", 64, "--benchmark", "--num_samples", 40]
+    run = train(tmp_path, 1, *flags, *DDP, "--accumulation_steps", 1)
+    assert run.returncode == 0, run.output[-3000:]
+    assert "has no weights" not in run.output
