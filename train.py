@@ -70,9 +70,12 @@ def train(args: argparse.Namespace, stop) -> int:
         else:
             setup.check_resumable(checkpoint, settings)
             setup.keep_warm_up(args, checkpoint, plan)
+            stage_weights = setup.find_adapter_base(args, checkpoint)
+        settings["stage_weights"] = None if stage_weights is None else str(stage_weights.absolute())
         strategy = Strategy(args)
         log(setup.describe_kernels(strategy))
         setup.boost_model(args, strategy, inputs, checkpoint, stage_weights)
+        setup.check_adapter_base(args, strategy, checkpoint, settings)
         writer = CheckpointWriter(
             args.save_dir,
             strategy,

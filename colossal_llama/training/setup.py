@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import platform
 from dataclasses import dataclass, replace
@@ -84,6 +85,23 @@ _CHANGE_WITH_LAYOUT = (
     "zero_cpu_offload",
     "use_grad_checkpoint",
     "use_flash_attn",
+)
+# What of the configuration in --pretrained the forward pass depends on.
+_MODEL_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
 )
 
 
@@ -269,6 +287,7 @@ def describe_run(args: argparse.Namespace, inputs: Inputs, plan: TrainingPlan) -
         },
         "rows_per_step": plan.rows_per_step,
         "total_steps": plan.total_steps,
+        "model": {name: getattr(inputs.config, name, None) for name in _MODEL_FIELDS},
         "versions": versions,
     }
 
@@ -285,6 +304,9 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
     for key, value in settings["data"].items():
         if saved["data"].get(key) != value:
             problems.append(f"--dataset: {key} {saved['data'].get(key)} when saved, {value} now")
+    for key, value in settings["model"].items():
+        if (old := saved.get("model", {}).get(key, value)) != value:
+            problems.append(f"--pretrained: {key} {old} when saved, {value} now")
     for name, value in settings["arguments"].items():
         old = saved["arguments"].get(name)
         if name not in free and old != value:
@@ -352,6 +374,45 @@ def boost_model(
         model = add_lora(causal_lm, args.lora_rank, adapter, args.seed)
     noise = EmbeddingNoise(args.neft_alpha, args.seed) if args.use_neft else None
     strategy.boost(model, causal_lm, noise)
+
+
+def find_adapter_base(args: argparse.Namespace, checkpoint: Path) -> Path | None:
+    """The weights under a resumed run's adapters when its `--load_checkpoint` gave them, not `--pretrained`.
+
+    Raises:
+        UserError: they are no longer there.
+    """
+    saved = read_json(checkpoint / STATE_FILE).get("stage_weights")
+    if saved is None or not args.lora_rank:
+        return None
+    if not is_weights_directory(Path(saved)):
+        raise UserError(
+            f"--load_checkpoint {checkpoint}: its adapters belong to the weights in {saved}, which are not "
+            "there; put them back"
+        )
+    return Path(saved)
+
+
+def check_adapter_base(
+    args: argparse.Namespace, strategy: Strategy, checkpoint: Path | None, settings: dict[str, Any]
+) -> None:
+    """Notes in `settings` which weights the adapters are trained on; a resumed run must have the same.
+
+    Raises:
+        UserError: they are others than those that the checkpoint's adapters were trained on.
+    """
+    if not args.lora_rank or args.benchmark:
+        return
+    total = math.fsum(value for name, value in strategy.loaded_sums.items() if "lora_" not in name)
+    settings["adapter_base"] = {"dtype": str(strategy.parameter_dtype), "sum": total}
+    saved = {} if checkpoint is None else read_json(checkpoint / STATE_FILE).get("adapter_base", {})
+    if saved.get("dtype") != str(strategy.parameter_dtype):
+        return  # rounded to another type, the same weights have another sum
+    if not math.isclose(saved["sum"], total, rel_tol=1e-6, abs_tol=1e-6):
+        raise UserError(
+            f"--pretrained {args.pretrained}: holds other weights than those that the adapters in "
+            f"{checkpoint} were trained on; give the same model"
+        )
 
 
 def save_final_modeling(writer: CheckpointWriter) -> Path:

@@ -70,6 +70,7 @@ class Strategy:
         parameter_dtype: of the model's parameters while training; only ddp keeps fp32 ones beside half
             precision.
         length_multiple: sequence lengths must be a multiple of this.
+        loaded_sums: `weight_sums` of the model that was boosted.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -176,7 +177,7 @@ class Strategy:
             if args.lora_rank:
                 causal_lm.enable_input_require_grads()
         self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
-        sums = weight_sums(model)
+        self.loaded_sums = weight_sums(model)
         optimizer = self._make_optimizer(model)
         self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
         pipeline_arguments = None
@@ -201,7 +202,7 @@ class Strategy:
         restore_rotary_frequencies(causal_lm)
         if args.plugin not in GEMINI_PLUGINS:
             self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
-            check_weights_survived(model, sums, self.tensor_group, self.parameter_dtype)
+            check_weights_survived(model, self.loaded_sums, self.tensor_group, self.parameter_dtype)
         self._sum_sequence_partial_gradients()
         self._keep_loss_scale_through_step()
         self._settle_gradient_buckets()
