@@ -362,7 +362,9 @@ class Strategy:
         self.model.eval()
         with torch.no_grad():
             if self.is_pipeline:
-                return self._pipeline_pass(batch, 1.0)
+                # Otherwise the plugin sums gradients of tied embeddings over their stages: there are none.
+                with self.booster.no_sync(self.model, self.optimizer):
+                    return self._pipeline_pass(batch, 1.0)
             with self._autocast():
                 return self.model(**batch)["loss_sum"]
 

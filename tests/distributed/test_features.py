@@ -113,6 +113,7 @@ def test_tied_embeddings_train_the_same_in_every_layout(tmp_path, training_input
     LlamaForCausalLM(config).save_pretrained(tied)
     flags = training_inputs.flags()
     flags[1] = str(tied)
+    flags += ["--eval_dataset", training_inputs.data / "part-00002", "--eval_interval", 1]
     plain = train(tmp_path / "ddp", 1, *flags, *SHORT, *DDP)
     assert plain.returncode == 0, plain.output[-3000:]
     expected = load(plain.save_dir / "modeling").state_dict()
@@ -121,6 +122,8 @@ def test_tied_embeddings_train_the_same_in_every_layout(tmp_path, training_input
         run = train(tmp_path / layout[0], 2, *flags, *SHORT, *flags_3d)
         assert run.returncode == 0, run.output[-3000:]
         assert run.losses() == pytest.approx(plain.losses(), rel=1e-5)
+        evaluated = [[record["eval_loss"] for record in each.metrics()] for each in (run, plain)]
+        assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
         found = load(run.save_dir / "modeling").state_dict()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
