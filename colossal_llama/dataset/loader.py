@@ -129,7 +129,11 @@ class PreparedDataset:
                 continue
             self.starts[number + 1] += len(table)
             problems.extend(_check_part(path, table, need_documents, tokenizer_fingerprint, flag))
-            lengths = _row_lengths(table)
+            try:
+                lengths = _row_lengths(table)
+            except pa.ArrowException as error:
+                problems.append(f"{flag} {path}: has rows without input_ids ({error})")
+                continue
             if len(lengths) and lengths.max() > max_length:
                 problems.append(
                     f"{path}: row {int(lengths.argmax())} has {int(lengths.max())} tokens, "
@@ -187,6 +191,9 @@ def _open_part(path: Path) -> pa.Table:
     for file in files:
         with pa.memory_map(str(path / file["filename"])) as mapped:
             tables.append(pa.ipc.open_stream(mapped).read_all())
+    if not tables:  # what `datasets` makes of no rows
+        tokens = pa.array([], pa.list_(pa.int32()))
+        return pa.table({"input_ids": tokens, "labels": tokens, "document_lengths": tokens})
     return pa.concat_tables(tables)
 
 
