@@ -22,6 +22,7 @@ PREPARED_FILE = "prepared.json"
 # The kernel maps at most 65,530 files into a process unless told otherwise, and an open part takes memory.
 MAX_OPEN_PARTS = 4096
 _ROWS_AT_ONCE = 1 << 20
+_DIGEST = b"digest"
 _PART_NAME = re.compile(r"part-(\d+)$")
 
 
@@ -99,7 +100,8 @@ class PreparedDataset:
         bucket_ranges: for each bucket, in order, the [start, end) ranges of its rows; part-N of all
             directories together is bucket N.
         num_tokens: in all rows.
-        fingerprint: changes when the rows, their number or their order change.
+        fingerprint: changes when the rows, their number or their order change; of bins that other programs
+            made it knows a few rows only.
     """
 
     def __init__(
@@ -142,7 +144,10 @@ class PreparedDataset:
             self.num_tokens += int(lengths.sum())
             digest.update(f"{len(table)} {int(lengths.sum())} ".encode())
             for row in {0, len(table) // 2, len(table) - 1} if len(table) else ():
-                digest.update(_values(table, "input_ids", row).astype(np.int64).tobytes())
+                for column in ("input_ids", "labels"):
+                    digest.update(_values(table, column, row).astype(np.int64).tobytes())
+            if (path / PREPARED_FILE).is_file():
+                digest.update(table.schema.metadata[_DIGEST])
             match = _PART_NAME.search(path.name)
             bucket = int(match.group(1)) if match else number
             buckets.setdefault(bucket, []).append((int(self.starts[number]), int(self.starts[number + 1])))
@@ -186,15 +191,16 @@ class PreparedDataset:
 
 def _open_part(path: Path) -> pa.Table:
     """Maps what `datasets.save_to_disk` laid out; that library takes several times as long."""
-    files = json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     tables = []
-    for file in files:
+    for file in state["_data_files"]:
         with pa.memory_map(str(path / file["filename"])) as mapped:
             tables.append(pa.ipc.open_stream(mapped).read_all())
     if not tables:  # what `datasets` makes of no rows
         tokens = pa.array([], pa.list_(pa.int32()))
-        return pa.table({"input_ids": tokens, "labels": tokens, "document_lengths": tokens})
-    return pa.concat_tables(tables)
+        tables = [pa.table({"input_ids": tokens, "labels": tokens, "document_lengths": tokens})]
+    # The prepare scripts leave a checksum of all rows there; other programs, a name.
+    return pa.concat_tables(tables).replace_schema_metadata({_DIGEST: str(state.get("_fingerprint"))})
 
 
 def _values(table: pa.Table, column: str, row: int) -> np.ndarray:

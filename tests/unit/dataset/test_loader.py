@@ -448,6 +448,19 @@ def test_fingerprint_changes_with_rows_their_number_and_order(tmp_path: Path) ->
     assert both[0] != both[1]
 
 
+def test_fingerprint_knows_every_row_of_prepared_bins(prepared_dir: Path, tmp_path: Path) -> None:
+    """One label in the middle of a bin: the same records cut elsewhere between source and target."""
+    part = prepared_dir / "arrow" / "part-00000"
+    rows = [PreparedDataset([part], 64, True)[row] for row in range(5)]
+    prints = []
+    for number, label in enumerate((IGNORED, 7)):
+        rows[1].labels = rows[1].labels.copy()
+        rows[1].labels[3] = label
+        changed = write_part(tmp_path / f"part-0000{number}", rows, fingerprint="of the tokenizer")
+        prints.append(PreparedDataset([changed], 64, True).fingerprint)
+    assert prints[0] != prints[1]
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_bins_of_the_original_need_isolation_off(tmp_path: Path, shuffled: bool) -> None:
     """int64 rows without document_lengths; a shuffled set carries an index table until it is saved."""
