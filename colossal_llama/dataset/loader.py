@@ -131,11 +131,11 @@ class PreparedDataset:
                 continue
             self.starts[number + 1] += len(table)
             problems.extend(_check_part(path, table, need_documents, tokenizer_fingerprint, flag))
-            try:
-                lengths = _row_lengths(table)
-            except pa.ArrowException as error:
-                problems.append(f"{flag} {path}: has rows without input_ids ({error})")
+            nulls = [name for name in ("input_ids", "labels") if table.column(name).null_count]
+            if nulls:
+                problems.append(f"{flag} {path}: has rows without {' and '.join(nulls)}")
                 continue
+            lengths = _row_lengths(table)
             if len(lengths) and lengths.max() > max_length:
                 problems.append(
                     f"{path}: row {int(lengths.argmax())} has {int(lengths.max())} tokens, "

@@ -258,10 +258,7 @@ class CheckpointWriter:
         """
         import psutil
 
-        needed = 2 * sum(
-            master.nbytes + sum(t.nbytes for t in self._moments(master))
-            for _, master in self.strategy.master_weights().values()
-        )
+        needed = self._copy_bytes()
         if self._has_copied:
             return True
         available = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -275,6 +272,21 @@ class CheckpointWriter:
             )
         self._has_copied = all(fits)
         return all(fits)
+
+    def _copy_bytes(self) -> int:
+        """What this process copies at most: its share of the optimizer and of the weights, and some room."""
+        strategy = self.strategy
+        optimizer = sum(
+            master.nbytes + sum(t.nbytes for t in self._moments(master))
+            for _, master in strategy.master_weights().values()
+        )
+        weights = sum(parameter.nbytes for parameter in strategy.causal_lm.parameters())
+        if strategy.args.lora_rank:
+            # Merged, the main process writes all of them; else nobody does.
+            weights *= self.is_main and strategy.args.merge_lora
+        else:
+            weights = weights * strategy.args.tp // strategy.shard_place().num_replicas
+        return max(2 * optimizer, optimizer + weights)
 
     def _moments(self, master: torch.Tensor) -> list[torch.Tensor]:
         state = self.strategy.optimizer.optim.state.get(master, {})

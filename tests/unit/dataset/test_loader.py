@@ -538,14 +538,15 @@ def test_an_empty_part_is_taken_beside_a_full_one_and_refused_alone(tmp_path: Pa
 
 def test_parts_that_datasets_saved_without_rows_or_without_tokens(tmp_path: Path) -> None:
     full = write_part(tmp_path / "part-00000", [make_row([[3, 4]])])
-    rows = datasets.Dataset.from_dict({"input_ids": [[1], None], "labels": [[1], [1]]})
-    for number, kept in ((1, []), (2, [0, 1])):
+    rows = datasets.Dataset.from_dict({"input_ids": [[1], None, [1]], "labels": [[1], [1], None]})
+    for number, kept in ((1, []), (2, [0, 1]), (3, [2, 0])):
         rows.select(kept).save_to_disk(str(tmp_path / f"part-0000{number}"))
     assert len(PreparedDataset([full, tmp_path / "part-00001"], 4, True)) == 1
     with pytest.raises(UserError, match="--eval_dataset: the given parts hold no rows"):
         PreparedDataset([tmp_path / "part-00001"], 4, True, flag="--eval_dataset")
-    with pytest.raises(UserError, match="part-00002: has rows without input_ids"):
-        PreparedDataset([full, tmp_path / "part-00002"], 4, False)
+    for number, missing in ((2, "input_ids"), (3, "labels")):
+        with pytest.raises(UserError, match=f"part-0000{number}: has rows without {missing}"):
+            PreparedDataset([full, tmp_path / f"part-0000{number}"], 4, False)
 
 
 def test_missing_and_wrong_directories_are_named_together(tmp_path: Path) -> None:
