@@ -89,6 +89,7 @@ def train(args: argparse.Namespace, stop) -> int:
         if checkpoint is not None:
             setup.continue_at_same_row(checkpoint, state, plan, len(inputs.source), args.num_epochs)
             log(f"Resumed from {checkpoint}: step {state.step}, epoch {state.epoch}, row {state.position}")
+            setup.warn_of_later_checkpoints(args, state)
         metrics = None
         if is_main and not args.benchmark:
             setup.write_configuration(args, settings)

@@ -32,7 +32,11 @@ def list_checkpoints(save_dir: Path) -> list[Path]:
     found = [
         path for path in save_dir.iterdir() if _NAME.match(path.name) and (path / COMPLETE_FILE).is_file()
     ]
-    return sorted(found, key=lambda path: int(_NAME.match(path.name).group(2)))
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(_NAME.match(checkpoint.name).group(2))
 
 
 def remove_leftovers(save_dir: Path) -> None:

@@ -19,6 +19,7 @@ from colossal_llama.training.arguments import GEMINI_PLUGINS
 from colossal_llama.training.checkpoint import SCHEDULE_FILE, changed_layout
 from colossal_llama.training.checkpoint_directories import (
     STATE_FILE,
+    checkpoint_step,
     find_damage,
     list_checkpoints,
     remove_leftovers,
@@ -38,7 +39,7 @@ from colossal_llama.training.modeling_files import ADAPTER_DIRECTORY
 from colossal_llama.training.neftune import EmbeddingNoise
 from colossal_llama.training.throughput import ThroughputMeter
 from colossal_llama.utils import quiet
-from colossal_llama.utils.console import log
+from colossal_llama.utils.console import log, warn
 from colossal_llama.utils.errors import UserError, is_main_process
 from colossal_llama.utils.files import locked_directory, read_json, write_json
 from colossal_llama.utils.lean_imports import lean_imports
@@ -318,6 +319,16 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
             f"resume with what the run was started with, or start a new stage from {checkpoint / 'modeling'}"
         )
         raise UserError(problems)
+
+
+def warn_of_later_checkpoints(args: argparse.Namespace, state: TrainState) -> None:
+    """A run that was taken back to an earlier step may take another course than the checkpoints after it."""
+    later = [path.name for path in list_checkpoints(args.save_dir) if checkpoint_step(path) > state.step]
+    if later and args.load_checkpoint != "latest":  # that has passed over damaged ones
+        warn(
+            f"--save_dir {args.save_dir}: holds later checkpoints ({', '.join(later)}), and `latest` means "
+            "them until this run has passed them; move them away if it is to take another course"
+        )
 
 
 def continue_at_same_row(

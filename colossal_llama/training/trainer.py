@@ -101,6 +101,10 @@ class Trainer:
         batches = self.batches()
         bar = progress_bar(total=self.last_step, initial=state.step, desc="train", unit="step")
         stopped = False
+        if state.step >= self.last_step:
+            log(
+                f"Nothing is left to train: {state.step} steps are done, and the run ends at {self.last_step}"
+            )
         if state.evaluation_due and self.evaluation_sets:
             stopped = self._evaluate_again()
         while state.step < self.last_step and not stopped:

@@ -103,6 +103,7 @@ def test_resume_is_exact(name, tmp_path, training_inputs):
         *("--max_steps", FULL_STEPS, "--load_checkpoint", first.save_dir / "epoch-0_step-4"),
     )
     assert resumed.returncode == 0, resumed.output[-3000:]
+    assert "holds later checkpoints (epoch-0_step-5)" in " ".join(resumed.output.split())
     assert_same_run(resumed, whole)
 
 
@@ -177,6 +178,9 @@ def test_changed_data_arguments_or_layout_are_named(tmp_path, training_inputs):
     assert changed.returncode != 0
     assert "--lr: 0.001 when saved, 0.0005 now" in changed.output
     assert "--dataset: fingerprint" in changed.output
+    done = train(tmp_path, 2, *everything, "--load_checkpoint", "latest", "--max_steps", 1)
+    assert done.returncode == 0, done.output[-3000:]
+    assert "Nothing is left to train: 2 steps are done, and the run ends at 1" in done.output
     used = train(tmp_path, 2, *everything)
     assert used.returncode != 0
     assert "holds 1 checkpoints of an earlier run" in used.output
