@@ -28,13 +28,14 @@ def dry_run(args: argparse.Namespace) -> int:
     """Checks arguments, model configuration and data in one process, and prints the plan."""
     from colossal_llama.training.plan import check_layout, dry_run_world_size, format_plan, make_plan
     from colossal_llama.training.setup import open_inputs
+    from colossal_llama.utils.console import log
 
     world_size = dry_run_world_size(args)
     inputs = open_inputs(args)
     problems = check_layout(args, inputs.config, world_size)
     if problems:
         raise UserError(problems)
-    print(format_plan(make_plan(args, inputs.config, inputs.source, world_size), args))
+    log(format_plan(make_plan(args, inputs.config, inputs.source, world_size), args))
     return 0
 
 
@@ -68,9 +69,13 @@ def train(args: argparse.Namespace, stop) -> int:
             setup.refuse_used_save_dir(args)
         else:
             setup.check_resumable(checkpoint, settings)
+            setup.keep_warm_up(args, checkpoint, plan)
+            stage_weights = setup.find_adapter_base(args, checkpoint)
+        settings["stage_weights"] = None if stage_weights is None else str(stage_weights.absolute())
         strategy = Strategy(args)
         log(setup.describe_kernels(strategy))
         setup.boost_model(args, strategy, inputs, checkpoint, stage_weights)
+        setup.check_adapter_base(args, strategy, checkpoint, settings)
         writer = CheckpointWriter(
             args.save_dir,
             strategy,
@@ -84,6 +89,7 @@ def train(args: argparse.Namespace, stop) -> int:
         if checkpoint is not None:
             setup.continue_at_same_row(checkpoint, state, plan, len(inputs.source), args.num_epochs)
             log(f"Resumed from {checkpoint}: step {state.step}, epoch {state.epoch}, row {state.position}")
+            setup.warn_of_later_checkpoints(args, state)
         metrics = None
         if is_main and not args.benchmark:
             setup.write_configuration(args, settings)

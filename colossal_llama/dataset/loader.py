@@ -23,6 +23,7 @@ PREPARED_FILE = "prepared.json"
 MAX_OPEN_PARTS = 4096
 # 4 MB of row numbers, or 8: what a core's cache holds.
 _ROWS_AT_ONCE = 1 << 20
+_DIGEST = b"digest"
 _PART_NAME = re.compile(r"part-(\d+)$")
 
 
@@ -51,8 +52,11 @@ class RowSource(Protocol):
     def describe_row(self, index: int) -> str: ...
 
 
-def find_part_directories(paths: Sequence[Path]) -> list[Path]:
+def find_part_directories(paths: Sequence[Path], flag: str = "--dataset") -> list[Path]:
     """Expands each path to part directories: itself when it is one, else every `part-*` below it.
+
+    Args:
+        flag: the argument that named the paths, for messages.
 
     Raises:
         UserError: a path is missing or holds no prepared data, or a part is given twice.
@@ -60,7 +64,7 @@ def find_part_directories(paths: Sequence[Path]) -> list[Path]:
     parts, problems = [], []
     for path in paths:
         if not path.is_dir():
-            problems.append(f"--dataset {path}: no such directory")
+            problems.append(f"{flag} {path}: no such directory")
         elif (path / "state.json").is_file():
             parts.append(path)
         else:
@@ -69,14 +73,14 @@ def find_part_directories(paths: Sequence[Path]) -> list[Path]:
             )
             if not found:
                 problems.append(
-                    f"--dataset {path}: neither a part directory nor a folder of part-* directories; "
+                    f"{flag} {path}: neither a part directory nor a folder of part-* directories; "
                     "give the arrow/ directory, or parts of it, that a prepare script wrote"
                 )
             parts.extend(found)
     seen: set[Path] = set()
     for part in parts:
         if (resolved := part.resolve()) in seen:
-            problems.append(f"--dataset {part}: given twice; its rows would count twice")
+            problems.append(f"{flag} {part}: given twice; its rows would count twice")
         seen.add(resolved)
     if problems:
         raise UserError(problems)
@@ -91,12 +95,14 @@ class PreparedDataset:
         max_length: rows longer than this are refused.
         need_documents: refuse parts without `document_lengths` (bins made by the original suite).
         tokenizer_fingerprint: of the model's tokenizer; parts made with another one are refused.
+        flag: the argument that named the parts, for messages.
 
     Attributes:
         bucket_ranges: for each bucket, in order, the [start, end) ranges of its rows; part-N of all
             directories together is bucket N.
         num_tokens: in all rows.
-        fingerprint: changes when the rows, their number or their order change.
+        fingerprint: changes when the rows, their number or their order change; of bins that other programs
+            made it knows a few rows only.
     """
 
     def __init__(
@@ -105,6 +111,7 @@ class PreparedDataset:
         max_length: int,
         need_documents: bool,
         tokenizer_fingerprint: str | None = None,
+        flag: str = "--dataset",
     ) -> None:
         self.paths = list(parts)
         self.max_length = max_length
@@ -117,14 +124,18 @@ class PreparedDataset:
             try:
                 table = self._table(number)
             except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-                problems.append(f"--dataset {path}: cannot be read ({type(error).__name__}: {error})")
+                problems.append(f"{flag} {path}: cannot be read ({type(error).__name__}: {error})")
                 continue
             missing = {"input_ids", "labels"} - set(table.column_names)
             if missing:
-                problems.append(f"--dataset {path}: has no column {', '.join(sorted(missing))}")
+                problems.append(f"{flag} {path}: has no column {', '.join(sorted(missing))}")
                 continue
             self.starts[number + 1] += len(table)
-            problems.extend(_check_part(path, table, need_documents, tokenizer_fingerprint))
+            problems.extend(_check_part(path, table, need_documents, tokenizer_fingerprint, flag))
+            nulls = [name for name in ("input_ids", "labels") if table.column(name).null_count]
+            if nulls:
+                problems.append(f"{flag} {path}: has rows without {' and '.join(nulls)}")
+                continue
             lengths = _row_lengths(table)
             if len(lengths) and lengths.max() > max_length:
                 problems.append(
@@ -134,12 +145,15 @@ class PreparedDataset:
             self.num_tokens += int(lengths.sum())
             digest.update(f"{len(table)} {int(lengths.sum())} ".encode())
             for row in {0, len(table) // 2, len(table) - 1} if len(table) else ():
-                digest.update(_values(table, "input_ids", row).astype(np.int64).tobytes())
+                for column in ("input_ids", "labels"):
+                    digest.update(_values(table, column, row).astype(np.int64).tobytes())
+            if (path / PREPARED_FILE).is_file():
+                digest.update(table.schema.metadata[_DIGEST])
             match = _PART_NAME.search(path.name)
             bucket = int(match.group(1)) if match else number
             buckets.setdefault(bucket, []).append((int(self.starts[number]), int(self.starts[number + 1])))
         if not problems and len(self) == 0:
-            problems.append("--dataset: the given parts hold no rows at all")
+            problems.append(f"{flag}: the given parts hold no rows at all")
         if problems:
             raise UserError(problems)
         self.bucket_ranges = [buckets[bucket] for bucket in sorted(buckets)]
@@ -178,12 +192,16 @@ class PreparedDataset:
 
 def _open_part(path: Path) -> pa.Table:
     """Maps what `datasets.save_to_disk` laid out; that library takes several times as long."""
-    files = json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     tables = []
-    for file in files:
+    for file in state["_data_files"]:
         with pa.memory_map(str(path / file["filename"])) as mapped:
             tables.append(pa.ipc.open_stream(mapped).read_all())
-    return pa.concat_tables(tables)
+    if not tables:  # what `datasets` makes of no rows
+        tokens = pa.array([], pa.list_(pa.int32()))
+        tables = [pa.table({"input_ids": tokens, "labels": tokens, "document_lengths": tokens})]
+    # The prepare scripts leave a checksum of all rows there; other programs, a name.
+    return pa.concat_tables(tables).replace_schema_metadata({_DIGEST: str(state.get("_fingerprint"))})
 
 
 def _values(table: pa.Table, column: str, row: int) -> np.ndarray:
@@ -197,11 +215,11 @@ def _row_lengths(table: pa.Table) -> np.ndarray:
 
 
 def _check_part(
-    path: Path, table: pa.Table, need_documents: bool, tokenizer_fingerprint: str | None
+    path: Path, table: pa.Table, need_documents: bool, tokenizer_fingerprint: str | None, flag: str
 ) -> list[str]:
     if need_documents and "document_lengths" not in table.column_names:
         return [
-            f"--dataset {path}: has no document_lengths (made by the original suite?), so its documents "
+            f"{flag} {path}: has no document_lengths (made by the original suite?), so its documents "
             "cannot be kept apart; pass --no-isolate_documents, or prepare the data again"
         ]
     if not (path / PREPARED_FILE).is_file() or tokenizer_fingerprint is None:
@@ -209,7 +227,7 @@ def _check_part(
     prepared = read_json(path / PREPARED_FILE)
     if prepared.get("tokenizer_fingerprint") != tokenizer_fingerprint:
         return [
-            f"--dataset {path}: was prepared with another tokenizer (fingerprint "
+            f"{flag} {path}: was prepared with another tokenizer (fingerprint "
             f"{prepared.get('tokenizer_fingerprint')}, {prepared.get('vocab_size')} tokens) than the model's "
             f"({tokenizer_fingerprint}); prepare it with --tokenizer_dir set to the model's directory"
         ]

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,8 @@ class Asker:
 
     def ask_all(self, token: Path | None) -> list[Answer]:
         """All hosts at the same time; the first one listens until the others have tried to reach it."""
+        if self.over_ssh and shutil.which("ssh") is None:
+            raise UserError("ssh: not on PATH, and hosts are reached with it; install an OpenSSH client")
         with ThreadPoolExecutor(max_workers=len(self.hosts)) as pool:
             first = self._start(self.hosts[0], token)
             others = list(pool.map(lambda host: self._finish(host, self._start(host, token)), self.hosts[1:]))

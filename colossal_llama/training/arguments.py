@@ -273,6 +273,11 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
             )
         if args.lora_rank:
             problems.append(f"--lora_rank {args.lora_rank}: {args.plugin} can't train LoRA; use zero2 or ddp")
+    if args.benchmark and args.load_checkpoint:
+        problems.append(
+            f"--load_checkpoint {args.load_checkpoint}: --benchmark trains on random rows and continues "
+            "no run; leave it out"
+        )
     problems.extend(_check_3d(args))
     if args.lora_rank and args.freeze_non_embeds_params:
         problems.append("--lora_rank and --freeze_non_embeds_params: choose one, LoRA trains adapters only")
@@ -280,6 +285,23 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
         problems.append("--merge_lora: needs --lora_rank above 0")
     if args.use_neft and args.neft_alpha == 0:
         problems.append("--neft_alpha 0: gives no noise; leave --use_neft out")
+    if not args.benchmark:
+        problems.extend(_check_outputs(args))
+    return problems
+
+
+def _check_outputs(args: argparse.Namespace) -> list[str]:
+    """Outputs that could not be written, found before a model is loaded for them."""
+    problems = []
+    for flag in ("save_dir", "tensorboard_dir", "config_file"):
+        path = getattr(args, flag)
+        is_file = flag == "config_file"
+        if is_file and path.is_dir():
+            problems.append(f"--{flag} {path}: is a directory; give the name of a file")
+        start = path.parent if is_file else path
+        nearest = next(place for place in (start, *start.parents) if place.exists())
+        if not nearest.is_dir():
+            problems.append(f"--{flag} {path}: {nearest} is no directory; give another path")
     return problems
 
 

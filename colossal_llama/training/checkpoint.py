@@ -256,10 +256,7 @@ class CheckpointWriter:
         """
         import psutil
 
-        needed = 2 * sum(
-            master.nbytes + sum(t.nbytes for t in self._moments(master))
-            for _, master in self.strategy.master_weights().values()
-        )
+        needed = self._copy_bytes()
         if self._has_copied:
             return True
         available = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -273,6 +270,21 @@ class CheckpointWriter:
             )
         self._has_copied = all(fits)
         return all(fits)
+
+    def _copy_bytes(self) -> int:
+        """What this process copies at most: its share of the optimizer and of the weights, and some room."""
+        strategy = self.strategy
+        optimizer = sum(
+            master.nbytes + sum(t.nbytes for t in self._moments(master))
+            for _, master in strategy.master_weights().values()
+        )
+        weights = sum(parameter.nbytes for parameter in strategy.causal_lm.parameters())
+        if strategy.args.lora_rank:
+            # Merged, the main process writes all of them; else nobody does.
+            weights *= self.is_main and strategy.args.merge_lora
+        else:
+            weights = weights * strategy.args.tp // strategy.shard_place().num_replicas
+        return max(2 * optimizer, optimizer + weights)
 
     def _moments(self, master: torch.Tensor) -> list[torch.Tensor]:
         state = self.strategy.optimizer.optim.state.get(master, {})
@@ -363,7 +375,8 @@ class CheckpointWriter:
         else:
             read_own_shard(checkpoint / OPTIMIZER_DIRECTORY, self.strategy)
         if changed:
-            torch.manual_seed((self.strategy.args.seed * 100_003 + dist.get_rank()) * 100_003 + state.step)
+            mixed = (self.strategy.args.seed * 100_003 + dist.get_rank()) * 100_003 + state.step
+            torch.manual_seed(mixed % 2**63)  # torch takes 64 bits
             log(
                 f"The layout has changed ({', '.join(changed)}): training continues at the same row, equal "
                 "within rounding, not bit for bit"

@@ -17,6 +17,8 @@ from colossal_llama.utils.errors import UserError
 COMPLETE_FILE = "COMPLETE"
 STATE_FILE = "running_states.json"
 _NAME = re.compile(r"epoch-(\d+)_step-(\d+)$")
+# What a save or a removal works on; a directory of the user that ends like it is none of them.
+_LEFTOVER = re.compile(r"\.(epoch-\d+_step-\d+|modeling)\.(unfinished|removed|old)")
 
 
 def checkpoint_name(state: TrainState) -> str:
@@ -30,13 +32,17 @@ def list_checkpoints(save_dir: Path) -> list[Path]:
     found = [
         path for path in save_dir.iterdir() if _NAME.match(path.name) and (path / COMPLETE_FILE).is_file()
     ]
-    return sorted(found, key=lambda path: int(_NAME.match(path.name).group(2)))
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(_NAME.match(checkpoint.name).group(2))
 
 
 def remove_leftovers(save_dir: Path) -> None:
     """Removes what saves and removals that were cut short have left; for the run that holds the lock."""
-    for pattern in (".*.unfinished", ".*.removed", ".*.old"):
-        for path in save_dir.glob(pattern):
+    for path in save_dir.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -100,6 +106,11 @@ def resolve_checkpoint(
         if damage is not None:
             raise UserError(f"--load_checkpoint {path}: {damage}; use another checkpoint")
         return path, None
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"--load_checkpoint {path}: holds a LoRA adapter, and a new stage starts from whole weights; "
+            "continue its run with --merge_lora, which saves them merged, or resume from a step directory"
+        )
     if is_weights_directory(path):
         return None, path
     raise UserError(

@@ -15,6 +15,9 @@ STOPPED_EXIT_CODE = 143
 LAUNCHER_GRACE_SECONDS = 90.0
 # torchrun (and so `colossalai run`) kills its workers this long after it has passed a signal on to them.
 TORCHRUN_LIMIT_SECONDS = 30.0
+# Another signal within this time is the same request: `pkill -f train.py`, systemd and batch systems signal
+# torchrun and its workers at the same time, and torchrun passes on what it gets.
+SAME_REQUEST_SECONDS = 2.0
 
 
 def warn_of_launcher_limit(save_seconds: float) -> None:
@@ -29,7 +32,7 @@ def warn_of_launcher_limit(save_seconds: float) -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads; a second signal exits at once.
+    """Turns SIGTERM and SIGINT into a flag that the loop reads; a later second one exits at once.
 
     A watcher sets the flag too when the launcher that started this process is no longer its parent.
     """
@@ -37,6 +40,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.reason = ""
+        self._asked_at: float | None = None
         self._parent = os.getppid()
 
     def install(self) -> None:
@@ -46,8 +50,10 @@ class StopRequest:
             threading.Thread(target=self._watch_launcher, daemon=True).start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if self._asked_at is not None and now - self._asked_at > SAME_REQUEST_SECONDS:
             os._exit(STOPPED_EXIT_CODE)
+        self._asked_at = self._asked_at or now
         self.requested = True
         self.reason = signal.Signals(number).name
 

@@ -185,11 +185,15 @@ class MetricsWriter:
                 self._board.add_scalar(_BY_TOKENS[name], value, record["tokens"])
 
     def complete_last(self, values: dict[str, Any]) -> None:
-        """Adds values to the last record: those of an evaluation that was done after a resume."""
+        """Adds values to the record of their step: those of an evaluation that was done after a resume.
+
+        Where the earlier metrics are not (another directory, a line that power took), they are a record.
+        """
         self._file.close()
         records = read_metrics(self.directory)
-        last = {**records[-1], **values}
-        self._begin_with([*records[:-1], last])
+        found = records.pop() if records and records[-1]["step"] == values["step"] else {}
+        last = {**found, **values}
+        self._begin_with([*records, last])
         self._add_scalars({name: last[name] for name in (*values, "step", "tokens")})
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
 
     try:
         config = adopt_earlier_names(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file can make any of them
         raise UserError(
             f"--pretrained {path}: cannot be read as a Hugging Face model ({_first_line(error)})"
         ) from None
@@ -49,7 +49,7 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     refuse_newer_settings(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of tokenizers and sentencepiece too, which have classes of their own
         raise UserError(
             f"--pretrained {path}: its tokenizer cannot be read ({_first_line(error)}); "
             "copy the tokenizer files into the model directory"
@@ -57,7 +57,7 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_causal_lm(weights: str, config: LlamaConfig, dtype: torch.dtype, flag: str) -> LlamaForCausalLM:

@@ -14,7 +14,7 @@ from colossal_llama.training.saving import FilePlan, Listing, list_files
 from colossal_llama.utils.files import write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
     from colossal_llama.training.strategy import Strategy
 
@@ -67,7 +67,8 @@ def add_modeling(
 
 def _add_adapter(plan: FilePlan, strategy: Strategy, subdirectory: str) -> None:
     peft_model = strategy.peft_model
-    held = {name: plan.hold(tensor) for name, tensor in peft_model.state_dict().items() if "lora_" in name}
+    # Not of `state_dict`: colossalai's fails on a padded vocabulary.
+    held = {name: plan.hold(p) for name, p in peft_model.named_parameters() if "lora_" in name}
     plan.add_library_files(subdirectory, lambda path: peft_model.save_pretrained(path, state_dict=held))
 
 
@@ -82,13 +83,14 @@ def _add_merged(plan: FilePlan, strategy: Strategy, prefix: str) -> None:
             delta = module.get_delta_weight("default")
             merged[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
     weights = {}
-    for name, tensor in strategy.causal_lm.state_dict().items():
+    config = strategy.causal_lm.config
+    for name, parameter in strategy.causal_lm.named_parameters():
         if ".lora_" in name:
             continue
         name = name.replace(".base_layer", "")
-        if name == "lm_head.weight" and strategy.causal_lm.config.tie_word_embeddings:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        weights[name] = merged[name].cpu() if name in merged else plan.hold(tensor)
+        weights[name] = merged[name].cpu() if name in merged else plan.hold(_unpad(name, parameter, config))
     _add_weight_file(plan, f"{prefix}model-00001-00001.safetensors", weights)
     if prefix:
         _add_adapter(plan, strategy, ADAPTER_DIRECTORY)
@@ -120,12 +122,16 @@ def _add_weights(plan: FilePlan, strategy: Strategy, prefix: str) -> None:
             tensor = gather_distributed_param(parameters[name], keep_vars=False)
             if place.tensor_rank:
                 continue
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                tensor = tensor[: config.vocab_size]
-            held[name] = plan.hold(tensor)
+            held[name] = plan.hold(_unpad(name, tensor, config))
         if place.tensor_rank == 0:
             file = f"{prefix}model-{place.pipeline_rank + 1:05d}-{number + 1:05d}.safetensors"
             _add_weight_file(plan, file, held)
+
+
+def _unpad(name: str, tensor: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
+    """Without the rows that pad the vocabulary."""
+    is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    return tensor[: config.vocab_size] if is_vocabulary else tensor
 
 
 def _add_weight_file(plan: FilePlan, file: str, tensors: dict[str, torch.Tensor]) -> None:

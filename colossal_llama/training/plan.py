@@ -39,7 +39,7 @@ def dry_run_world_size(args: argparse.Namespace) -> int:
     text = os.environ.get("WORLD_SIZE")
     if text is None:
         return _model_parallel_size(args)
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise UserError(f"WORLD_SIZE={text}: is not a number of processes; set it to 1 or more, or unset it")
     return int(text)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_directories
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.training.arguments import GEMINI_PLUGINS
-from colossal_llama.training.checkpoint import changed_layout
+from colossal_llama.training.checkpoint import SCHEDULE_FILE, changed_layout
 from colossal_llama.training.checkpoint_directories import (
     STATE_FILE,
+    checkpoint_step,
     find_damage,
     list_checkpoints,
     remove_leftovers,
@@ -27,6 +29,7 @@ from colossal_llama.training.interruption import StopRequest
 from colossal_llama.training.model import (
     add_lora,
     freeze_all_but_embeddings,
+    is_weights_directory,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -36,7 +39,7 @@ from colossal_llama.training.modeling_files import ADAPTER_DIRECTORY
 from colossal_llama.training.neftune import EmbeddingNoise
 from colossal_llama.training.throughput import ThroughputMeter
 from colossal_llama.utils import quiet
-from colossal_llama.utils.console import log
+from colossal_llama.utils.console import log, warn
 from colossal_llama.utils.errors import UserError, is_main_process
 from colossal_llama.utils.files import locked_directory, read_json, write_json
 from colossal_llama.utils.lean_imports import lean_imports
@@ -83,6 +86,23 @@ _CHANGE_WITH_LAYOUT = (
     "zero_cpu_offload",
     "use_grad_checkpoint",
     "use_flash_attn",
+)
+# What of the configuration in --pretrained the forward pass depends on.
+_MODEL_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
 )
 
 
@@ -165,13 +185,20 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
         raise UserError(f"--pad_token {args.pad_token}: the tokenizer has no such token; use the other one")
     fingerprint = tokenizer_fingerprint(tokenizer)
 
-    def read(paths: list[Path]) -> PreparedDataset:
-        return PreparedDataset(
-            find_part_directories(paths), args.max_length, args.isolate_documents, fingerprint
-        )
-
-    evaluation_sets = {str(path): read([path]) for path in args.eval_dataset or ()}
-    return Inputs(config, tokenizer, pad_token_id, read(args.dataset), evaluation_sets)
+    evaluation_paths = args.eval_dataset or []
+    wanted = [("--dataset", args.dataset), *(("--eval_dataset", [path]) for path in evaluation_paths)]
+    opened, problems = [], []
+    for flag, paths in wanted:
+        try:
+            parts = find_part_directories(paths, flag)
+            opened.append(PreparedDataset(parts, args.max_length, args.isolate_documents, fingerprint, flag))
+        except UserError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UserError(problems)
+    source, *evaluated = opened
+    evaluation_sets = dict(zip(map(str, evaluation_paths), evaluated, strict=True))
+    return Inputs(config, tokenizer, pad_token_id, source, evaluation_sets)
 
 
 def lock_save_dir(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> None:
@@ -263,6 +290,7 @@ def describe_run(args: argparse.Namespace, inputs: Inputs, plan: TrainingPlan) -
         },
         "rows_per_step": plan.rows_per_step,
         "total_steps": plan.total_steps,
+        "model": {name: getattr(inputs.config, name, None) for name in _MODEL_FIELDS},
         "versions": versions,
     }
 
@@ -279,6 +307,9 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
     for key, value in settings["data"].items():
         if saved["data"].get(key) != value:
             problems.append(f"--dataset: {key} {saved['data'].get(key)} when saved, {value} now")
+    for key, value in settings["model"].items():
+        if (old := saved.get("model", {}).get(key, value)) != value:
+            problems.append(f"--pretrained: {key} {old} when saved, {value} now")
     for name, value in settings["arguments"].items():
         old = saved["arguments"].get(name)
         if name not in free and old != value:
@@ -290,6 +321,16 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
             f"resume with what the run was started with, or start a new stage from {checkpoint / 'modeling'}"
         )
         raise UserError(problems)
+
+
+def warn_of_later_checkpoints(args: argparse.Namespace, state: TrainState) -> None:
+    """A run that was taken back to an earlier step may take another course than the checkpoints after it."""
+    later = [path.name for path in list_checkpoints(args.save_dir) if checkpoint_step(path) > state.step]
+    if later and args.load_checkpoint != "latest":  # that has passed over damaged ones
+        warn(
+            f"--save_dir {args.save_dir}: holds later checkpoints ({', '.join(later)}), and `latest` means "
+            "them until this run has passed them; move them away if it is to take another course"
+        )
 
 
 def continue_at_same_row(
@@ -306,6 +347,15 @@ def continue_at_same_row(
     )
 
 
+def keep_warm_up(args: argparse.Namespace, checkpoint: Path, plan: TrainingPlan) -> None:
+    """Warm-up steps that were given count rows once the run has begun: steps of another size scale them."""
+    if args.warmup_steps is None:
+        return  # a share of all steps
+    warmup_steps = read_json(checkpoint / SCHEDULE_FILE)["warmup_steps"]
+    before = read_json(checkpoint / STATE_FILE)["rows_per_step"]
+    plan.schedule = replace(plan.schedule, warmup_steps=round(warmup_steps * before / plan.rows_per_step))
+
+
 def boost_model(
     args: argparse.Namespace,
     strategy: Strategy,
@@ -320,7 +370,7 @@ def boost_model(
         weights, flag = str(checkpoint / "modeling"), "--load_checkpoint"
     elif stage_weights is not None:
         weights, flag = str(stage_weights), "--load_checkpoint"
-    has_weights = not args.benchmark or any(Path(args.pretrained).glob("*.safetensors"))
+    has_weights = not args.benchmark or is_weights_directory(Path(args.pretrained))
     if has_weights:
         causal_lm = load_causal_lm(weights, inputs.config, strategy.parameter_dtype, flag)
     else:
@@ -337,6 +387,45 @@ def boost_model(
         model = add_lora(causal_lm, args.lora_rank, adapter, args.seed)
     noise = EmbeddingNoise(args.neft_alpha, args.seed) if args.use_neft else None
     strategy.boost(model, causal_lm, noise)
+
+
+def find_adapter_base(args: argparse.Namespace, checkpoint: Path) -> Path | None:
+    """The weights under a resumed run's adapters when its `--load_checkpoint` gave them, not `--pretrained`.
+
+    Raises:
+        UserError: they are no longer there.
+    """
+    saved = read_json(checkpoint / STATE_FILE).get("stage_weights")
+    if saved is None or not args.lora_rank:
+        return None
+    if not is_weights_directory(Path(saved)):
+        raise UserError(
+            f"--load_checkpoint {checkpoint}: its adapters belong to the weights in {saved}, which are not "
+            "there; put them back"
+        )
+    return Path(saved)
+
+
+def check_adapter_base(
+    args: argparse.Namespace, strategy: Strategy, checkpoint: Path | None, settings: dict[str, Any]
+) -> None:
+    """Notes in `settings` which weights the adapters are trained on; a resumed run must have the same.
+
+    Raises:
+        UserError: they are others than those that the checkpoint's adapters were trained on.
+    """
+    if not args.lora_rank or args.benchmark:
+        return
+    total = math.fsum(value for name, value in strategy.loaded_sums.items() if "lora_" not in name)
+    settings["adapter_base"] = {"dtype": str(strategy.parameter_dtype), "sum": total}
+    saved = {} if checkpoint is None else read_json(checkpoint / STATE_FILE).get("adapter_base", {})
+    if saved.get("dtype") != str(strategy.parameter_dtype):
+        return  # rounded to another type, the same weights have another sum
+    if not math.isclose(saved["sum"], total, rel_tol=1e-6, abs_tol=1e-6):
+        raise UserError(
+            f"--pretrained {args.pretrained}: holds other weights than those that the adapters in "
+            f"{checkpoint} were trained on; give the same model"
+        )
 
 
 def save_final_modeling(writer: CheckpointWriter) -> Path:

@@ -70,6 +70,7 @@ class Strategy:
         parameter_dtype: of the model's parameters while training; only ddp keeps fp32 ones beside half
             precision.
         length_multiple: sequence lengths must be a multiple of this.
+        loaded_sums: `weight_sums` of the model that was boosted.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -93,7 +94,9 @@ class Strategy:
         self.tensor_group = None
         if args.plugin == "3d":
             mesh = self.plugin.pg_mesh
-            self.dp_size, self.dp_rank = mesh.size(self.plugin.dp_axis), mesh.coordinate(self.plugin.dp_axis)
+            self.dp_size = mesh.size(self.plugin.dp_axis)
+            # numpy's integer, which no torch generator takes for a seed.
+            self.dp_rank = int(mesh.coordinate(self.plugin.dp_axis))
             if args.tp > 1:
                 self.tensor_group = self.plugin.tp_group
             if args.enable_sequence_parallelism:
@@ -174,7 +177,7 @@ class Strategy:
             if args.lora_rank:
                 causal_lm.enable_input_require_grads()
         self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
-        sums = weight_sums(model)
+        self.loaded_sums = weight_sums(model)
         optimizer = self._make_optimizer(model)
         self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
         pipeline_arguments = None
@@ -199,7 +202,7 @@ class Strategy:
         restore_rotary_frequencies(causal_lm)
         if args.plugin not in GEMINI_PLUGINS:
             self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
-            check_weights_survived(model, sums, self.tensor_group, self.parameter_dtype)
+            check_weights_survived(model, self.loaded_sums, self.tensor_group, self.parameter_dtype)
         self._sum_sequence_partial_gradients()
         self._keep_loss_scale_through_step()
         self._settle_gradient_buckets()
@@ -359,7 +362,9 @@ class Strategy:
         self.model.eval()
         with torch.no_grad():
             if self.is_pipeline:
-                return self._pipeline_pass(batch, 1.0)
+                # Otherwise the plugin sums gradients of tied embeddings over their stages: there are none.
+                with self.booster.no_sync(self.model, self.optimizer):
+                    return self._pipeline_pass(batch, 1.0)
             with self._autocast():
                 return self.model(**batch)["loss_sum"]
 

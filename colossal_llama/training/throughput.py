@@ -149,7 +149,7 @@ class ThroughputMeter:
         if not self.durations:
             return (
                 f"No speed to report: {self.steps_seen} steps ran and {self.warmup_steps} are warm-up; "
-                "raise --num_samples or --num_epochs"
+                "raise --num_samples, --num_epochs or --max_steps"
             )
         durations = np.array(self.durations)
         tokens_per_second = self.tokens / durations.sum()

@@ -101,6 +101,10 @@ class Trainer:
         batches = self.batches()
         bar = progress_bar(total=self.last_step, initial=state.step, desc="train", unit="step")
         stopped = False
+        if state.step >= self.last_step:
+            log(
+                f"Nothing is left to train: {state.step} steps are done, and the run ends at {self.last_step}"
+            )
         if state.evaluation_due and self.evaluation_sets:
             stopped = self._evaluate_again()
         while state.step < self.last_step and not stopped:
@@ -259,7 +263,7 @@ class Trainer:
 
     def _evaluate_again(self) -> bool:
         """Makes up for the evaluation that the stop of the run has cut short; as `_evaluate`."""
-        results: dict[str, Any] = {"step": self.state.step}
+        results: dict[str, Any] = {"step": self.state.step, "tokens": self.state.tokens}
         stopped = self._evaluate(results)
         if self.metrics is not None and not stopped:
             self.metrics.complete_last(results)

@@ -126,9 +126,11 @@ end_helpers() {
     done
 }
 
-# A pattern for the command lines of this run's processes that have $1 before `train.py`.
+# A pattern for the command lines of this run's processes that have $1 before `train.py`. Directories may have spaces in
+# their names; other letters are matched byte by byte, since hosts may have another locale than this script.
 process_pattern() {
-    printf '^[^ ]*python[^ ]* %strain[.]py .*--save_dir[ =]%s( |$)' "$1" "$(sed 's/[^A-Za-z0-9_/-]/./g' <<<"$save_dir")"
+    printf '^([^ ]*|/.*/)python[^ ]* %strain[.]py .*--save_dir[ =]%s( |$)' "$1" \
+        "$(LC_ALL=C sed 's/[^A-Za-z0-9_/-]/./g' <<<"$save_dir")"
 }
 
 # Runs the shell command $2 on every host until it succeeds there, $1 times at most, two seconds apart.
@@ -154,16 +156,16 @@ until_success() {
     done
 }
 
-signal_command() { printf "pkill -%s -f -- '%s'" "$1" "$(process_pattern "$2")"; }
+signal_command() { printf "env LC_ALL=C pkill -%s -f -- '%s'" "$1" "$(process_pattern "$2")"; }
 
 # The workers themselves are told, not torchrun, which would leave them 30 s to save. Where there are none yet,
 # torchrun is; where there is neither, they may be about to start.
-ask_hosts_to_stop() { on_every_host 15 "$(signal_command TERM '-u ') || $(signal_command TERM '[^ ]*torchrun .*')"; }
+ask_hosts_to_stop() { on_every_host 15 "$(signal_command TERM '-u ') || $(signal_command TERM '([^ ]*|/.*/)torchrun .*')"; }
 
 # torchrun passes SIGTERM on, and kills what has not ended after 30 s.
-end_launchers() { on_every_host 1 "$(signal_command TERM '[^ ]*torchrun .*')"; }
+end_launchers() { on_every_host 1 "$(signal_command TERM '([^ ]*|/.*/)torchrun .*')"; }
 
-kill_hosts() { on_every_host 1 "$(signal_command KILL '([^ ]*torchrun .*|-u )')"; }
+kill_hosts() { on_every_host 1 "$(signal_command KILL '(([^ ]*|/.*/)torchrun .*|-u )')"; }
 
 # NOTE: in a trap, a bare `return` has the status of what the signal interrupted, and `set -e` ends the script.
 on_stop_signal() {

@@ -58,6 +58,32 @@ def test_lora_is_saved_as_an_adapter_or_merged(tmp_path, training_inputs):
     assert all("proj" in name for name in changed)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_lora_and_neftune_with_the_3d_plugin(merge, tmp_path, training_inputs):
+    """The plugin pads the vocabulary, and numbers its ranks with numpy's integers."""
+    lora = ["--plugin", "3d", "--mixed_precision", "bf16", "--use_neft", "--lora_rank", 4]
+    run = train(tmp_path, 1, *training_inputs.flags(), *SHORT, *lora, "--merge_lora", merge)
+    assert run.returncode == 0, run.output[-3000:]
+    directory = run.save_dir / "modeling"
+    if merge:
+        shapes = {name: tensor.shape for name, tensor in load(training_inputs.model).state_dict().items()}
+        assert {name: tensor.shape for name, tensor in load(directory).state_dict().items()} == shapes
+    else:
+        assert (directory / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("layout", [["--tp", 2], ["--pp", 2]])
+def test_neftune_is_the_same_on_all_ranks_of_a_model(layout, tmp_path, training_inputs):
+    flags = [*training_inputs.flags(), *SHORT, "--mixed_precision", "fp32", "--plugin", "3d", "--use_neft"]
+    whole = train(tmp_path / "whole", 1, *flags)
+    split = train(tmp_path / "split", 2, *flags, *layout, "--microbatch_size", 2)
+    assert whole.returncode == split.returncode == 0, whole.output[-2000:] + split.output[-2000:]
+    if "--tp" in layout:
+        assert split.losses() == pytest.approx(whole.losses(), rel=1e-5)
+    else:  # microbatches draw their noise one after the other
+        assert split.losses() == pytest.approx(whole.losses(), rel=1e-2)
+
+
 def test_lora_starts_from_the_same_adapters_on_every_rank(tmp_path, training_inputs):
     """B is zero at first, so the gradient of A is too: after one step without decay A is as it was drawn."""
     from safetensors.torch import load_file
@@ -87,6 +113,7 @@ def test_tied_embeddings_train_the_same_in_every_layout(tmp_path, training_input
     LlamaForCausalLM(config).save_pretrained(tied)
     flags = training_inputs.flags()
     flags[1] = str(tied)
+    flags += ["--eval_dataset", training_inputs.data / "part-00002", "--eval_interval", 1]
     plain = train(tmp_path / "ddp", 1, *flags, *SHORT, *DDP)
     assert plain.returncode == 0, plain.output[-3000:]
     expected = load(plain.save_dir / "modeling").state_dict()
@@ -95,6 +122,8 @@ def test_tied_embeddings_train_the_same_in_every_layout(tmp_path, training_input
         run = train(tmp_path / layout[0], 2, *flags, *SHORT, *flags_3d)
         assert run.returncode == 0, run.output[-3000:]
         assert run.losses() == pytest.approx(plain.losses(), rel=1e-5)
+        evaluated = [[record["eval_loss"] for record in each.metrics()] for each in (run, plain)]
+        assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
         found = load(run.save_dir / "modeling").state_dict()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
@@ -221,6 +250,14 @@ def test_dry_run_plans_seven_billion_parameters_on_64_gpus(tmp_path, training_in
     assert "--tp 3" in wrong.stderr
 
 
+def test_one_rank_alone_prints_the_plan(training_inputs):
+    flags = [*training_inputs.flags(), "--plugin", "ddp", "--dry_run"]
+    for rank, printed in (("0", True), ("1", False)):
+        finished = run_plain(*flags, WORLD_SIZE="2", RANK=rank)
+        assert finished.returncode == 0, finished.stderr
+        assert ("steps of the schedule" in finished.stdout) == printed
+
+
 def test_gemini_on_a_cpu_is_refused_with_the_alternative(training_inputs):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here, where Gemini works")
@@ -236,3 +273,12 @@ def test_benchmark_reports_speed_and_saves_nothing(tmp_path, training_inputs):
     assert run.returncode == 0, run.output[-3000:]
     assert "tokens/s" in run.output
     assert not (run.save_dir / "modeling").exists()
+
+
+def test_benchmark_finds_weights_in_bin_files(tmp_path, training_inputs):
+    old = tmp_path / "old"
+    load(training_inputs.model).save_pretrained(old, safe_serialization=False)
+    flags = ["--pretrained", old, "--max_length", 64, "--benchmark", "--num_samples", 40]
+    run = train(tmp_path, 1, *flags, *DDP, "--accumulation_steps", 1)
+    assert run.returncode == 0, run.output[-3000:]
+    assert "has no weights" not in run.output

@@ -116,12 +116,14 @@ def test_stopped_while_saving_both_checkpoints_are_complete(tmp_path, training_i
     assert not list(saves.glob(".epoch*"))
 
 
-def test_a_second_signal_exits_at_once():
+def signalled_process(same_request_seconds: float) -> subprocess.Popen:
+    """Prints `ready`, and `asked` after a signal; then it saves for two seconds and prints `saved`."""
     code = (
-        "import time; from colossal_llama.training.interruption import StopRequest;"
-        "stop = StopRequest(); stop.install(); print('ready', flush=True);"
+        "import time; from colossal_llama.training import interruption;"
+        f"interruption.SAME_REQUEST_SECONDS = {same_request_seconds};"
+        "stop = interruption.StopRequest(); stop.install(); print('ready', flush=True);"
         "[time.sleep(0.01) for _ in iter(lambda: stop.requested, True)]; print('asked', flush=True);"
-        "time.sleep(60)"
+        "time.sleep(2); print('saved')"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True
@@ -130,7 +132,20 @@ def test_a_second_signal_exits_at_once():
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGTERM)
+    return process
+
+
+def test_a_later_second_signal_exits_at_once():
+    process = signalled_process(same_request_seconds=0)
     assert process.wait(timeout=10) == 143
+    assert process.stdout.read() == ""
+
+
+def test_a_signal_that_the_launcher_passes_on_is_the_same_request():
+    """`pkill -f train.py` and systemd signal workers and torchrun, which passes it on to the workers."""
+    process = signalled_process(same_request_seconds=5)
+    assert process.wait(timeout=10) == 0
+    assert process.stdout.read() == "saved\n"
 
 
 @pytest.fixture

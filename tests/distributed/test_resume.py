@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_resume_is_exact(name, tmp_path, training_inputs):
         *("--max_steps", FULL_STEPS, "--load_checkpoint", first.save_dir / "epoch-0_step-4"),
     )
     assert resumed.returncode == 0, resumed.output[-3000:]
+    assert "holds later checkpoints (epoch-0_step-5)" in " ".join(resumed.output.split())
     assert_same_run(resumed, whole)
 
 
@@ -176,6 +178,53 @@ def test_changed_data_arguments_or_layout_are_named(tmp_path, training_inputs):
     assert changed.returncode != 0
     assert "--lr: 0.001 when saved, 0.0005 now" in changed.output
     assert "--dataset: fingerprint" in changed.output
+    done = train(tmp_path, 2, *everything, "--load_checkpoint", "latest", "--max_steps", 1)
+    assert done.returncode == 0, done.output[-3000:]
+    assert "Nothing is left to train: 2 steps are done, and the run ends at 1" in done.output
     used = train(tmp_path, 2, *everything)
     assert used.returncode != 0
     assert "holds 1 checkpoints of an earlier run" in used.output
+
+
+def test_adapters_go_on_with_the_weights_they_were_trained_on(tmp_path, training_inputs):
+    """The base is `--pretrained`, or what `--load_checkpoint` gave when the run began."""
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(training_inputs.model, other)
+    weights = load_file(other / "model.safetensors")
+    for name in weights:
+        weights[name] = weights[name] * 1.01
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    lora = [*few_rows(training_inputs), *COMMON, *ZERO2, "--lora_rank", 4]
+    on_other = [*lora, "--load_checkpoint", other]
+    whole = train(tmp_path / "whole", 1, *on_other, "--max_steps", 5)
+    first = train(tmp_path / "parts", 1, *on_other, "--max_steps", 2)
+    assert whole.returncode == first.returncode == 0, whole.output[-2000:] + first.output[-2000:]
+    for last_step in (3, 5):
+        resumed = train(tmp_path / "parts", 1, *lora, "--max_steps", last_step, "--load_checkpoint", "latest")
+        assert resumed.returncode == 0, resumed.output[-3000:]
+    assert_same_run(resumed, whole)
+    swapped = lora.copy()
+    swapped[1] = other
+    plain = train(tmp_path / "plain", 1, *lora, "--max_steps", 2)
+    assert plain.returncode == 0, plain.output[-3000:]
+    refused = train(tmp_path / "plain", 1, *swapped, "--max_steps", 3, "--load_checkpoint", "latest")
+    assert refused.returncode != 0
+    assert f"--pretrained {other}: holds other weights" in refused.output
+
+
+def test_another_shape_of_the_model_is_named(tmp_path, training_inputs):
+    """The weights of a resumed run come from its checkpoint, the configuration from `--pretrained`."""
+    flags = [*few_rows(training_inputs), *COMMON, *ZERO2]
+    run = train(tmp_path, 1, *flags, "--max_steps", 1)
+    assert run.returncode == 0, run.output[-3000:]
+    other = tmp_path / "other"
+    shutil.copytree(training_inputs.model, other)
+    config = json.loads((other / "config.json").read_text())
+    before, config["rope_theta"] = config["rope_theta"], 5e5
+    (other / "config.json").write_text(json.dumps(config))
+    flags[1] = other
+    refused = train(tmp_path, 1, *flags, "--max_steps", 2, "--load_checkpoint", "latest")
+    assert refused.returncode != 0
+    assert f"--pretrained: rope_theta {before} when saved, 500000.0 now" in refused.output

@@ -70,6 +70,39 @@ def test_what_hosts_say_is_understood_in_pieces(tmp_path):
         assert not failed or (tmp_path / "failed").read_text() == failed + "\n"
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_processes_of_the_run_are_found_whatever_the_names(locale, tmp_path):
+    """The environment and save_dir may have spaces and Chinese in their paths; another run is left alone."""
+    python = tmp_path / "my 环境" / "bin" / "python3"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(Path(sys.executable).resolve())
+    (tmp_path / "train.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    (tmp_path / "torchrun").symlink_to("train.py")
+    directories = ["所有 runs/trial", "所有 runs/trial2", "runs/trial"]
+    commands = [["-u", "train.py", "--save_dir", name] for name in directories]
+    commands += [[str(tmp_path / "torchrun"), "--x", "train.py", f"--save_dir={directories[0]}", "--lr", "1"]]
+    processes = [
+        subprocess.Popen([python, *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for words in commands
+    ]
+    try:
+        assert all(process.stdout.readline() == "ready\n" for process in processes)
+        script = "source examples/launch/launch.sh; save_dir=$1; "
+        for before, ended in (("-u ", [0]), ("([^ ]*|/.*/)torchrun .*", [0, 3])):
+            # The other host's locale is not the script's.
+            signal_them = f"command=$(signal_command TERM '{before}'); LC_ALL=C.UTF-8 bash -c \"$command\""
+            words = ["bash", "-c", script + signal_them, "bash", directories[0]]
+            subprocess.run(words, cwd=ROOT, env={**environment(), "LC_ALL": locale}, check=True)
+            for number in ended:
+                assert processes[number].wait(timeout=10) == -signal.SIGTERM
+            running = [number for number, process in enumerate(processes) if process.poll() is None]
+            assert running == [number for number in range(4) if number not in ended]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.slow
 def test_sigterm_on_one_host_saves_and_the_same_command_goes_on(clone, training_inputs):
     fill_in(clone, "train.example.sh", training_inputs, flags={"num_epochs": 20})

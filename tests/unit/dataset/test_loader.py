@@ -466,6 +466,19 @@ def test_fingerprint_changes_with_rows_their_number_and_order(tmp_path: Path) ->
     assert both[0] != both[1]
 
 
+def test_fingerprint_knows_every_row_of_prepared_bins(prepared_dir: Path, tmp_path: Path) -> None:
+    """One label in the middle of a bin: the same records cut elsewhere between source and target."""
+    part = prepared_dir / "arrow" / "part-00000"
+    rows = [PreparedDataset([part], 64, True)[row] for row in range(5)]
+    prints = []
+    for number, label in enumerate((IGNORED, 7)):
+        rows[1].labels = rows[1].labels.copy()
+        rows[1].labels[3] = label
+        changed = write_part(tmp_path / f"part-0000{number}", rows, fingerprint="of the tokenizer")
+        prints.append(PreparedDataset([changed], 64, True).fingerprint)
+    assert prints[0] != prints[1]
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_bins_of_the_original_need_isolation_off(tmp_path: Path, shuffled: bool) -> None:
     """int64 rows without document_lengths; a shuffled set carries an index table until it is saved."""
@@ -539,6 +552,19 @@ def test_an_empty_part_is_taken_beside_a_full_one_and_refused_alone(tmp_path: Pa
     assert RowOrder(source, 0, bucketed=True).permutation(0).tolist() == [0]
     with pytest.raises(UserError, match="no rows"):
         PreparedDataset([empty], 4, True)
+
+
+def test_parts_that_datasets_saved_without_rows_or_without_tokens(tmp_path: Path) -> None:
+    full = write_part(tmp_path / "part-00000", [make_row([[3, 4]])])
+    rows = datasets.Dataset.from_dict({"input_ids": [[1], None, [1]], "labels": [[1], [1], None]})
+    for number, kept in ((1, []), (2, [0, 1]), (3, [2, 0])):
+        rows.select(kept).save_to_disk(str(tmp_path / f"part-0000{number}"))
+    assert len(PreparedDataset([full, tmp_path / "part-00001"], 4, True)) == 1
+    with pytest.raises(UserError, match="--eval_dataset: the given parts hold no rows"):
+        PreparedDataset([tmp_path / "part-00001"], 4, True, flag="--eval_dataset")
+    for number, missing in ((2, "input_ids"), (3, "labels")):
+        with pytest.raises(UserError, match=f"part-0000{number}: has rows without {missing}"):
+            PreparedDataset([full, tmp_path / f"part-0000{number}"], 4, False)
 
 
 def test_missing_and_wrong_directories_are_named_together(tmp_path: Path) -> None:

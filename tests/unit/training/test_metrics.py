@@ -221,3 +221,17 @@ def test_an_evaluation_made_up_for_completes_the_last_record(tmp_path):
     records = read_metrics(tmp_path)
     assert [record.get("eval_loss") for record in records] == [None, 1.5, None]
     assert [record["step"] for record in records] == [1, 2, 3]
+
+
+def test_an_evaluation_made_up_for_without_its_step_is_a_record(tmp_path):
+    """The metrics are in another directory now, or power failed before the step's line was on the disk."""
+    for before in ([], [1]):
+        directory = tmp_path / str(len(before))
+        writer = MetricsWriter(directory, 0, {})
+        for step in before:
+            writer.write({"step": step, "tokens": 10 * step, "loss": 2.0, "lr": 0.1})
+        writer.complete_last({"step": 2, "tokens": 20, "eval_loss": 1.5})
+        writer.write({"step": 3, "tokens": 30, "loss": 1.0, "lr": 0.1})
+        writer.close()
+        found = [(record["step"], record.get("eval_loss")) for record in read_metrics(directory)]
+        assert found == [*((step, None) for step in before), (2, 1.5), (3, None)]

@@ -260,7 +260,7 @@ def test_processes_of_a_dry_run(flags: str, expected: int, monkeypatch: pytest.M
     assert dry_run_world_size(parse(flags)) == 64
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "many", ""])
+@pytest.mark.parametrize("text", ["²", "0", "-1", "many", ""])
 def test_a_bad_number_of_processes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", text)
     with pytest.raises(UserError, match=f"WORLD_SIZE={text}: .*set it to"):

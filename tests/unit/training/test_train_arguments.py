@@ -172,6 +172,7 @@ CONTRADICTIONS = [
     ("--plugin ddp --lora_rank 4 --freeze_non_embeds_params", "--freeze_non_embeds_params", "choose one"),
     ("--plugin ddp --merge_lora", "--merge_lora", "--lora_rank above 0"),
     ("--use_neft --neft_alpha 0", "--neft_alpha 0", "leave --use_neft out"),
+    ("--load_checkpoint latest", "--load_checkpoint latest", "leave it out"),
     ("--load_checkpoint /no/such/place", "--load_checkpoint /no/such/place", "no such directory"),
     ("--dataset /no/such/place", "--dataset /no/such/place", "no such directory"),
     ("--eval_dataset /no/such/place", "--eval_dataset /no/such/place", "no such directory"),
@@ -217,8 +218,33 @@ def test_a_local_model_directory_without_config_is_named(
     assert problem.startswith(f"--pretrained {tmp_path}: no config.json")
 
 
-def test_latest_is_no_directory() -> None:
-    assert parse("--load_checkpoint latest").load_checkpoint == "latest"
+def parse_run(directory: Path, *flags: object) -> argparse.Namespace:
+    required = ["--pretrained", "some/model", "--dataset", str(directory), "--plugin", "ddp"]
+    return build_parser().parse_args([*required, *map(str, flags)])
+
+
+def test_latest_is_no_directory(tmp_path: Path) -> None:
+    assert parse_run(tmp_path, "--load_checkpoint", "latest").load_checkpoint == "latest"
+
+
+def test_outputs_that_can_not_be_written_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    outputs = {
+        "--save_dir": tmp_path / "file",
+        "--tensorboard_dir": tmp_path / "file" / "logs",
+        "--config_file": tmp_path,
+    }
+    with pytest.raises(SystemExit) as caught:
+        parse_run(tmp_path, *(word for pair in outputs.items() for word in pair))
+    assert caught.value.code == 2
+    *problems, _ = capsys.readouterr().err.splitlines()
+    assert len(problems) == 3
+    for (flag, path), problem in zip(outputs.items(), problems, strict=True):
+        assert problem.startswith(f"error: {flag} {path}: ")
+    good = {"--save_dir": tmp_path / "new", "--tensorboard_dir": tmp_path, "--config_file": tmp_path / "file"}
+    parse_run(tmp_path, *(word for pair in good.items() for word in pair))
 
 
 def test_other_ranks_stay_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
