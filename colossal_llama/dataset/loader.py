@@ -136,7 +136,11 @@ class PreparedDataset:
             if nulls:
                 problems.append(f"{flag} {path}: has rows without {' and '.join(nulls)}")
                 continue
-            lengths = _row_lengths(table)
+            lengths = _row_lengths(table, "input_ids")
+            unequal = np.flatnonzero(lengths != _row_lengths(table, "labels"))
+            if len(unequal):
+                problems.append(f"{flag} {path}: row {unequal[0]} has not as many labels as input_ids")
+                continue
             if len(lengths) and lengths.max() > max_length:
                 problems.append(
                     f"{path}: row {int(lengths.argmax())} has {int(lengths.max())} tokens, "
@@ -209,8 +213,8 @@ def _values(table: pa.Table, column: str, row: int) -> np.ndarray:
     return np.from_dlpack(table.column(column)[row].values)
 
 
-def _row_lengths(table: pa.Table) -> np.ndarray:
-    chunks = [np.from_dlpack(chunk.value_lengths()) for chunk in table.column("input_ids").chunks]
+def _row_lengths(table: pa.Table, column: str) -> np.ndarray:
+    chunks = [np.from_dlpack(chunk.value_lengths()) for chunk in table.column(column).chunks]
     return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int32)
 
 

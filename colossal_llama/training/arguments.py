@@ -283,6 +283,8 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
         problems.append("--lora_rank and --freeze_non_embeds_params: choose one, LoRA trains adapters only")
     if args.merge_lora and not args.lora_rank:
         problems.append("--merge_lora: needs --lora_rank above 0")
+    if args.eval_interval and not args.eval_dataset:
+        problems.append(f"--eval_interval {args.eval_interval}: needs --eval_dataset")
     if args.use_neft and args.neft_alpha == 0:
         problems.append("--neft_alpha 0: gives no noise; leave --use_neft out")
     if not args.benchmark:

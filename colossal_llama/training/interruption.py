@@ -32,7 +32,7 @@ def warn_of_launcher_limit(save_seconds: float) -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads; a later second one exits at once.
+    """Turns SIGTERM, SIGINT and SIGHUP into a flag that the loop reads; a later second one exits at once.
 
     A watcher sets the flag too when the launcher that started this process is no longer its parent.
     """
@@ -44,8 +44,10 @@ class StopRequest:
         self._parent = os.getppid()
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # Under nohup a closed terminal is to be ignored. torchrun passes SIGHUP on too.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
         if "RANK" in os.environ:
             threading.Thread(target=self._watch_launcher, daemon=True).start()
 

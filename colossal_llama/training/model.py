@@ -40,6 +40,11 @@ def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
         raise UserError(
             f"--pretrained {path}: is a {config.model_type} model; this suite trains llama models"
         )
+    if config.attention_dropout:
+        raise UserError(
+            f"--pretrained {path}: its config.json has attention_dropout {config.attention_dropout}, which "
+            "this suite does not apply; set it to 0.0 (no LLaMA was trained with it)"
+        )
     return config
 
 

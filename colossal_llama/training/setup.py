@@ -118,6 +118,11 @@ def start_process(args: argparse.Namespace) -> StopRequest:
     """Joins the process group (of one, when no launcher started this process) and seeds every generator."""
     import torch
 
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE {os.environ['WORLD_SIZE']} is set, but no RANK: this process would wait for "
+            "others that nobody starts; use torchrun or `colossalai run`, or unset WORLD_SIZE"
+        )
     stop = StopRequest()
     stop.install()
     for name, value in (

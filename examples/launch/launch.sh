@@ -8,7 +8,8 @@
 #     SSH_PORT         port of ssh on the hosts; empty: as ssh is configured
 #
 # It checks first: the settings, the hosts (colossal_llama/launch/preflight.py), then everything that
-# `train.py --dry_run` can check without training. SIGTERM and Ctrl-C are passed on to every host.
+# `train.py --dry_run` can check without training. SIGTERM, Ctrl-C and the end of the terminal are passed on to every
+# host.
 
 # When the processes of one host have failed, those of the others get this long to end by themselves, and then
 # as long as torchrun gives its workers, and some more, to end on request.
@@ -169,6 +170,10 @@ kill_hosts() { on_every_host 1 "$(signal_command KILL '(([^ ]*|/.*/)torchrun .*|
 
 # NOTE: in a trap, a bare `return` has the status of what the signal interrupted, and `set -e` ends the script.
 on_stop_signal() {
+    if [[ $1 == SIGHUP ]]; then
+        exec >/dev/null 2>&1 # the terminal is gone
+        [[ $stopped_by != SIGHUP ]] || return 0 # its shell and the kernel say so, each for itself
+    fi
     if [[ -n $stopped_by ]]; then
         echo "$1 again: killing the processes of every host" >&2
         kill_hosts
@@ -205,9 +210,9 @@ enforce_end() {
 # pieces of up to 1000 bytes, so what one says may begin, or go on, within a line of another.
 relay_output() {
     local line
-    trap '' INT TERM
+    trap '' INT TERM HUP
     while IFS= read -r line || [[ -n $line ]]; do
-        printf '%s\n' "$line"
+        printf '%s\n' "$line" 2>/dev/null || true # the terminal may be gone
         if [[ $line =~ 'Error: failed to run '.*' on '([^ ]+)', is localhost: ' ]]; then
             echo "${BASH_REMATCH[1]}" >>"$run_state/failed"
             kill -USR1 $$
@@ -269,6 +274,7 @@ launch_training() {
     trap "rm -rf -- '$run_state'" EXIT
     trap 'on_stop_signal SIGTERM' TERM
     trap 'on_stop_signal Ctrl-C' INT
+    trap 'on_stop_signal SIGHUP' HUP
     trap on_failed_host USR1
     # Process groups of their own: Ctrl-C reaches this script alone, which passes it on as SIGTERM.
     set -m
@@ -292,8 +298,11 @@ launch_training() {
     code=$(cat "$run_state/code" 2>/dev/null || echo 1)
     if [[ -n $stopped_by && $code != 0 ]]; then
         report_stop
-        [[ $stopped_by != SIGTERM ]] || exit 143
-        exit 130
+        case $stopped_by in
+        SIGTERM) exit 143 ;;
+        SIGHUP) exit 129 ;;
+        *) exit 130 ;;
+        esac
     fi
     [[ -z $failed_host ]] || report_checkpoint
     exit "$code"

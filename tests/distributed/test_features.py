@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -256,6 +257,23 @@ def test_one_rank_alone_prints_the_plan(training_inputs):
         finished = run_plain(*flags, WORLD_SIZE="2", RANK=rank)
         assert finished.returncode == 0, finished.stderr
         assert ("steps of the schedule" in finished.stdout) == printed
+
+
+def test_a_world_without_a_rank_is_refused_at_once(training_inputs):
+    finished = run_plain(*training_inputs.flags(), "--plugin", "ddp", WORLD_SIZE="8")
+    assert finished.returncode == 2
+    assert "WORLD_SIZE 8" in finished.stderr
+    assert "torchrun" in finished.stderr
+
+
+def test_dropout_that_would_not_be_applied_is_refused(tmp_path, training_inputs):
+    model = tmp_path / "model"
+    shutil.copytree(training_inputs.model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    finished = run_plain(*training_inputs.flags(), "--pretrained", model, "--plugin", "ddp", "--dry_run")
+    assert finished.returncode == 2
+    assert "attention_dropout 0.1" in finished.stderr
 
 
 def test_gemini_on_a_cpu_is_refused_with_the_alternative(training_inputs):

@@ -116,7 +116,7 @@ def test_stopped_while_saving_both_checkpoints_are_complete(tmp_path, training_i
     assert not list(saves.glob(".epoch*"))
 
 
-def signalled_process(same_request_seconds: float) -> subprocess.Popen:
+def signalled_process(same_request_seconds: float, first: int = signal.SIGINT) -> subprocess.Popen:
     """Prints `ready`, and `asked` after a signal; then it saves for two seconds and prints `saved`."""
     code = (
         "import time; from colossal_llama.training import interruption;"
@@ -129,7 +129,7 @@ def signalled_process(same_request_seconds: float) -> subprocess.Popen:
         [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(first)
     assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGTERM)
     return process
@@ -141,9 +141,10 @@ def test_a_later_second_signal_exits_at_once():
     assert process.stdout.read() == ""
 
 
-def test_a_signal_that_the_launcher_passes_on_is_the_same_request():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_launcher_passes_on_is_the_same_request(number):
     """`pkill -f train.py` and systemd signal workers and torchrun, which passes it on to the workers."""
-    process = signalled_process(same_request_seconds=5)
+    process = signalled_process(same_request_seconds=5, first=number)
     assert process.wait(timeout=10) == 0
     assert process.stdout.read() == "saved\n"
 

@@ -103,8 +103,10 @@ def test_processes_of_the_run_are_found_whatever_the_names(locale, tmp_path):
             process.wait()
 
 
-@pytest.mark.slow
-def test_sigterm_on_one_host_saves_and_the_same_command_goes_on(clone, training_inputs):
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGHUP, 129)]
+)
+def test_stopped_on_one_host_it_saves(clone, training_inputs, number, code):
     fill_in(clone, "train.example.sh", training_inputs, flags={"num_epochs": 20})
     metrics = clone / "all logs" / "trial" / "metrics.jsonl"
     output = clone / "output.txt"
@@ -123,10 +125,16 @@ def test_sigterm_on_one_host_saves_and_the_same_command_goes_on(clone, training_
             assert process.poll() is None, output.read_text()[-3000:]
             assert time.monotonic() < deadline, output.read_text()[-3000:]
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 143
+        process.send_signal(number)
+        if number == signal.SIGHUP:
+            time.sleep(0.3)
+            process.send_signal(number)  # the shell and the kernel say so, each for itself
+        assert process.wait(timeout=60) == code, output.read_text()[-3000:]
     finally:
         process.kill()  # when it still runs; what it started ends with its epochs
+    assert list((clone / "all runs" / "trial").glob("epoch-*_step-*/COMPLETE"))
+    if number == signal.SIGHUP:
+        return  # the terminal is gone
     text = output.read_text()
     assert "SIGTERM: every process has saved and exited with code 143" in text
     assert re.search(r"Last complete checkpoint: .*/all runs/trial/epoch-\d+_step-\d+;", text)

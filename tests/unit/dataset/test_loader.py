@@ -593,3 +593,10 @@ def test_random_rows_are_full_and_the_same_for_the_same_seed() -> None:
         assert 0 <= source[index].input_ids.min() <= source[index].input_ids.max() < 50
     assert source[0].input_ids.tolist() != source[1].input_ids.tolist()
     assert Collator(source, 0, 16, True, 50)([0, 4])["problem"] is None
+
+
+def test_rows_with_more_tokens_than_labels_are_named(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2], [1, 2]], "labels": [[1, 2], [1]]})
+    rows.save_to_disk(str(tmp_path / "part-00000"))
+    with pytest.raises(UserError, match="part-00000: row 1 has not as many labels as input_ids"):
+        PreparedDataset([tmp_path / "part-00000"], 4, need_documents=False)

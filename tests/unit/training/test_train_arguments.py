@@ -190,10 +190,10 @@ def test_a_contradiction_names_flag_value_and_remedy(
 
 def test_contradictions_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--plugin 3d --pp 4 --batch_size 2 --zero_stage 2 --merge_lora --use_neft --neft_alpha 0"
-    problems = problems_of(capsys, flags)
-    for name in ("--batch_size 2", "--zero_stage 2", "--merge_lora", "--neft_alpha 0"):
+    problems = problems_of(capsys, flags + " --eval_interval 9")
+    for name in ("--batch_size 2", "--zero_stage 2", "--merge_lora", "--neft_alpha 0", "--eval_interval 9"):
         assert sum(problem.startswith(name) for problem in problems) == 1
-    assert len(problems) == 4
+    assert len(problems) == 5
 
 
 def test_bad_values_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
