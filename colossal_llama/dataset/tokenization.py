@@ -231,7 +231,8 @@ def _chunk(stored: np.ndarray, max_length: int) -> Outcome:
 
 def parse_conversation(value: dict[str, Any]) -> ConversationRecord:
     """`{"messages": [{"from", "content"}, …]}`; `category` is optional. Raises `BadRecord`."""
-    category = take_string(value, "category") if "category" in value else DEFAULT_CATEGORY
+    is_given = value.get("category") is not None  # exports write null for what is not there
+    category = take_string(value, "category") if is_given else DEFAULT_CATEGORY
     messages = value.get("messages")
     if "messages" not in value:
         raise BadRecord("'messages' missing", "'messages' is missing (compulsory)")

@@ -67,7 +67,7 @@ class Conversation:
             self.messages = self.messages[2:]
             num_left_out += 1
             prompt = self.encode(self.messages)
-        if num_left_out:
+        if num_left_out and len(prompt) < context_length:  # else the message alone is too long
             turns = "turn is" if num_left_out == 1 else f"{num_left_out} turns are"
             note(f"the context of {context_length:,} tokens is full: the oldest {turns} left out")
         return prompt

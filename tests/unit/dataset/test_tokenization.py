@@ -294,3 +294,4 @@ def test_conversations_are_checked(make_encoder: MakeEncoder, value: dict, messa
 def test_category_of_a_conversation_is_optional(make_encoder: MakeEncoder) -> None:
     value = {"messages": [{"from": "human", "content": "x"}]}
     assert make_encoder("sft").parse(value).category == "unknown"
+    assert make_encoder("sft").parse({**value, "category": None}).category == "unknown"

@@ -134,12 +134,13 @@ def test_answers_longer_than_the_context(loaded: LoadedModel) -> None:
         assert conversation.ask(question, lambda _: None).ids
 
 
-def test_message_that_alone_is_too_long(loaded: LoadedModel) -> None:
+def test_message_that_alone_is_too_long(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
     conversation, fresh = make_conversation(loaded), make_conversation(loaded)
     for talk in (conversation, fresh):
         ask(talk, QUESTIONS[0])
     with pytest.raises(UserError, match="shorten it"):
         conversation.ask("long " * 600, lambda _: None)
+    assert "left out" not in capsys.readouterr().err
     assert conversation.messages == fresh.messages
     assert ask(conversation, QUESTIONS[1]) == ask(fresh, QUESTIONS[1])
 
