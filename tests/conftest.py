@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,12 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Started with `&` or nohup, this process ignores signals, and so would the programs that are tested for them:
+# what is ignored is inherited, a handler is not.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 from corpus import sample_texts  # noqa: E402
 from support import LLAMA3_SPECIAL_TOKENS, load_script  # noqa: E402

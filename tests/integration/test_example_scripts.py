@@ -112,7 +112,7 @@ def test_stopped_on_one_host_it_saves(clone, training_inputs, number, code):
     output = clone / "output.txt"
     with open(output, "w") as file:
         process = subprocess.Popen(
-            ["env", "--default-signal=HUP", "bash", "train.sh"],  # under nohup it would be ignored
+            ["bash", "train.sh"],
             cwd=clone,
             env=launch_environment(),
             stdout=file,
