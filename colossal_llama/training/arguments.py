@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from colossal_llama.tokenizer.extension import REPORT_FILE
 from colossal_llama.utils.arguments import (
     ArgumentParser,
     add_max_length,
@@ -19,6 +20,7 @@ from colossal_llama.utils.arguments import (
 PLUGINS = ("ddp", "gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
 GEMINI_PLUGINS = ("gemini", "gemini_auto")
 SEQUENCE_PARALLEL_MODES = ("split_gather", "ring", "all_to_all", "ring_attn")
+LORA_EMBEDDINGS = ("train", "freeze")
 WARMUP_RATIO = 0.025
 
 
@@ -173,6 +175,13 @@ def build_parser() -> ArgumentParser:
     optimizer.add_argument(
         "--lora_rank", type=non_negative_int, default=0, help="rank of LoRA adapters; 0 = off"
     )
+    optimizer.add_argument(
+        "--lora_embeddings",
+        choices=LORA_EMBEDDINGS,
+        default=None,
+        help="with LoRA: train the whole input and output embeddings too, or freeze them (default: freeze; "
+        "to be given for a model with an extended vocabulary)",
+    )
     parser.add_flag(
         "--merge_lora",
         default=False,
@@ -279,10 +288,7 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
             "no run; leave it out"
         )
     problems.extend(_check_3d(args))
-    if args.lora_rank and args.freeze_non_embeds_params:
-        problems.append("--lora_rank and --freeze_non_embeds_params: choose one, LoRA trains adapters only")
-    if args.merge_lora and not args.lora_rank:
-        problems.append("--merge_lora: needs --lora_rank above 0")
+    problems.extend(_check_lora(args))
     if args.eval_interval and not args.eval_dataset:
         problems.append(f"--eval_interval {args.eval_interval}: needs --eval_dataset")
     if args.use_neft and args.neft_alpha == 0:
@@ -290,6 +296,42 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
     if not args.benchmark:
         problems.extend(_check_outputs(args))
     return problems
+
+
+def _check_lora(args: argparse.Namespace) -> list[str]:
+    if not args.lora_rank:
+        given = {
+            "--merge_lora": args.merge_lora,
+            f"--lora_embeddings {args.lora_embeddings}": args.lora_embeddings,
+        }
+        return [f"{flag}: needs --lora_rank above 0" for flag, is_given in given.items() if is_given]
+    problems = []
+    if args.freeze_non_embeds_params:
+        problems.append(
+            "--lora_rank and --freeze_non_embeds_params: choose one; LoRA trains adapters, and with "
+            "--lora_embeddings train the embeddings beside them"
+        )
+    for flag in ("pretrained", "load_checkpoint"):
+        path = getattr(args, flag)
+        if path is not None and (Path(path) / REPORT_FILE).is_file():
+            problems.extend(new_rows_problems(args, f"--{flag} {path}"))
+            break
+    return problems
+
+
+def new_rows_problems(args: argparse.Namespace, extended: str) -> list[str]:
+    """LoRA alone would leave the rows of new pieces as they were initialised: the user decides.
+
+    Args:
+        extended: flag and value that name a model with an extended vocabulary.
+    """
+    if not args.lora_rank or args.lora_embeddings is not None:
+        return []
+    return [
+        f"--lora_embeddings: has to be given with --lora_rank {args.lora_rank}, since {extended} has an "
+        f"extended vocabulary ({REPORT_FILE}); `train` trains the whole embeddings beside the adapters, "
+        "`freeze` leaves them, and the rows of the new pieces, as they are"
+    ]
 
 
 def _check_outputs(args: argparse.Namespace) -> list[str]:

@@ -34,6 +34,7 @@ from colossal_llama.training.checkpoint_directories import (
     checkpoint_name,
     list_checkpoints,
 )
+from colossal_llama.training.model import is_embedding
 from colossal_llama.training.modeling_files import (
     MODELING_DIRECTORY,
     add_modeling,
@@ -280,8 +281,12 @@ class CheckpointWriter:
         )
         weights = sum(parameter.nbytes for parameter in strategy.causal_lm.parameters())
         if strategy.args.lora_rank:
-            # Merged, the main process writes all of them; else nobody does.
-            weights *= self.is_main and strategy.args.merge_lora
+            # The main process alone writes any: all of them merged, and the embeddings where they train.
+            trained = 0
+            if strategy.args.lora_embeddings == "train":
+                named = strategy.causal_lm.named_parameters()
+                trained = sum(parameter.nbytes for name, parameter in named if is_embedding(name))
+            weights = self.is_main * (weights * strategy.args.merge_lora + trained)
         else:
             weights = weights * strategy.args.tp // strategy.shard_place().num_replicas
         return max(2 * optimizer, optimizer + weights)

@@ -102,34 +102,57 @@ def random_causal_lm(config: LlamaConfig, dtype: torch.dtype, seed: int) -> Llam
 def freeze_all_but_embeddings(model: LlamaForCausalLM) -> None:
     """Leaves only the input and output embeddings to train."""
     model.requires_grad_(False)
+    train_embeddings_too(model)
+
+
+def train_embeddings_too(model: LlamaForCausalLM) -> None:
     model.get_input_embeddings().requires_grad_(True)
     model.get_output_embeddings().requires_grad_(True)
 
 
-def add_lora(model: LlamaForCausalLM, rank: int, adapter: Path | None, seed: int) -> nn.Module:
+def is_embedding(name: str) -> bool:
+    """Whether a parameter of this name is the input or the output embedding; in a PEFT model too."""
+    return name.endswith(("embed_tokens.weight", "lm_head.weight"))
+
+
+def add_lora(
+    model: LlamaForCausalLM, rank: int, adapter: Path | None, seed: int, train_embeddings: bool = False
+) -> nn.Module:
     """Wraps the model with LoRA on all attention and MLP projections: new adapters, or saved ones
     from `adapter`.
 
     Args:
         seed: of the new adapters, the same on every rank: each plugin takes its own rank's for granted.
+        train_embeddings: trains the model's own embeddings too. peft's `modules_to_save` would train copies
+            of them, which untie tied ones and which the plugins can't handle.
     """
     from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
     if adapter is not None:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: ranks keep dropout masks of their own
-        return get_peft_model(
-            model,
-            LoraConfig(
-                task_type=TaskType.CAUSAL_LM,
-                r=rank,
-                lora_alpha=LORA_ALPHA,
-                lora_dropout=LORA_DROPOUT,
-                target_modules=LORA_TARGETS,
-            ),
-            autocast_adapter_dtype=False,
+        # Embeddings among its tensors go into the model's own.
+        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
+    else:
+        config = LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=rank,
+            lora_alpha=LORA_ALPHA,
+            lora_dropout=LORA_DROPOUT,
+            target_modules=LORA_TARGETS,
         )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(
+                seed
+            )  # the CPU's alone: ranks keep dropout masks of their own
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    # A relative path would lead nowhere from another directory.
+    name = model.name_or_path
+    is_directory = bool(name) and Path(name).is_dir()
+    wrapped.peft_config["default"].base_model_name_or_path = (
+        str(Path(name).absolute()) if is_directory else name
+    )
+    if train_embeddings:
+        train_embeddings_too(model)
+    return wrapped
 
 
 def causal_lm_forward(
@@ -230,7 +253,7 @@ def check_weights_survived(
 
     tolerance = 1e-6 if compute_dtype == torch.float32 else 1e-2
     for name, parameter in model.named_parameters():
-        if "embed_tokens" in name or "lm_head" in name or name not in sums:
+        if is_embedding(name) or name not in sums:
             continue
         total = parameter.detach().double().sum()
         magnitude = parameter.detach().double().abs().sum()

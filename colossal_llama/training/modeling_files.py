@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from colossal_llama.model.weight_files import SAFETENSORS_INDEX, SAFETENSORS_SINGLE
+from colossal_llama.training.model import is_embedding
 from colossal_llama.training.saving import FilePlan, Listing, list_files
 from colossal_llama.utils.files import write_json
 
@@ -66,10 +67,23 @@ def add_modeling(
 
 
 def _add_adapter(plan: FilePlan, strategy: Strategy, subdirectory: str) -> None:
-    peft_model = strategy.peft_model
+    """What trains: the adapters and, with `--lora_embeddings train`, the embeddings under their own names,
+    which peft loads into its base model.
+    """
+    peft_model, config = strategy.peft_model, strategy.causal_lm.config
+    has_embeddings = strategy.args.lora_embeddings == "train"
     # Not of `state_dict`: colossalai's fails on a padded vocabulary.
-    held = {name: plan.hold(p) for name, p in peft_model.named_parameters() if "lora_" in name}
-    plan.add_library_files(subdirectory, lambda path: peft_model.save_pretrained(path, state_dict=held))
+    held = {
+        name: plan.hold(_unpad(name, parameter, config))
+        for name, parameter in peft_model.named_parameters()
+        if "lora_" in name or (has_embeddings and is_embedding(name))
+    }
+
+    def save(directory: Path) -> None:
+        # Told whether embeddings are among them, peft need not look at the base model's files, or at the hub.
+        peft_model.save_pretrained(directory, state_dict=held, save_embedding_layers=has_embeddings)
+
+    plan.add_library_files(subdirectory, save)
 
 
 def _add_merged(plan: FilePlan, strategy: Strategy, prefix: str) -> None:
@@ -130,8 +144,7 @@ def _add_weights(plan: FilePlan, strategy: Strategy, prefix: str) -> None:
 
 def _unpad(name: str, tensor: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
     """Without the rows that pad the vocabulary."""
-    is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    return tensor[: config.vocab_size] if is_vocabulary else tensor
+    return tensor[: config.vocab_size] if is_embedding(name) else tensor
 
 
 def _add_weight_file(plan: FilePlan, file: str, tensors: dict[str, torch.Tensor]) -> None:

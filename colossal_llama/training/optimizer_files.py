@@ -129,8 +129,8 @@ class SavedOptimizer:
 
     def known_as(self, name: str) -> str:
         """The name a parameter was saved under: a tied output matrix is the input embedding."""
-        if name not in self._parts and name == "lm_head.weight":
-            return "model.embed_tokens.weight"
+        if name not in self._parts and name.endswith("lm_head.weight"):  # "base_model.model.…" with LoRA
+            return name.replace("lm_head.weight", "model.embed_tokens.weight")
         return name
 
     def has(self, name: str, kind: str) -> bool:

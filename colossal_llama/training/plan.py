@@ -217,7 +217,9 @@ def count_held_parameters(args: argparse.Namespace, config: LlamaConfig, stage: 
     decoder = num_layers * per_layer + (config.hidden_size if is_last else 0)
     lora = _lora_parameters(config, args.lora_rank) if args.lora_rank else 0
     total = decoder + vocabulary + lora
-    trainable = lora or (vocabulary if args.freeze_non_embeds_params else total)
+    trainable = vocabulary if args.freeze_non_embeds_params else total
+    if args.lora_rank:
+        trainable = lora + (vocabulary if args.lora_embeddings == "train" else 0)
     largest = max(embedding, head, config.hidden_size * config.intermediate_size // tp)
     return ParameterCounts(total, trainable, num_layers * linear_per_layer + head + lora, largest)
 
@@ -414,7 +416,8 @@ def _estimate_loss(args: argparse.Namespace, config: LlamaConfig) -> int:
     if args.plugin in GEMINI_PLUGINS:
         # Whole logits: log-probabilities and their gradient in fp32, the gradient again in half precision.
         return tokens * vocabulary * (2 * FP32_BYTES + value)
-    head = 0 if args.lora_rank else vocabulary * config.hidden_size
+    is_frozen = args.lora_rank and args.lora_embeddings != "train"
+    head = 0 if is_frozen else vocabulary * config.hidden_size
     hidden_gradient = value * tokens * config.hidden_size
     chunk = min(tokens, max(1, MAX_CHUNK_VALUES // vocabulary)) * vocabulary
     # The forward pass: logits as computed, in fp32, and their gradient. The backward pass: the head's fp32

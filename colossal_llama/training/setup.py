@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_directories
+from colossal_llama.tokenizer.extension import REPORT_FILE
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
-from colossal_llama.training.arguments import GEMINI_PLUGINS
+from colossal_llama.training.arguments import GEMINI_PLUGINS, new_rows_problems
 from colossal_llama.training.checkpoint import SCHEDULE_FILE, changed_layout
 from colossal_llama.training.checkpoint_directories import (
     STATE_FILE,
@@ -29,6 +30,7 @@ from colossal_llama.training.interruption import StopRequest
 from colossal_llama.training.model import (
     add_lora,
     freeze_all_but_embeddings,
+    is_embedding,
     is_weights_directory,
     load_causal_lm,
     load_config,
@@ -87,6 +89,8 @@ _CHANGE_WITH_LAYOUT = (
     "use_grad_checkpoint",
     "use_flash_attn",
 )
+# What an argument means that was not given, or that the checkpoint's version did not have.
+_UNSET_MEANS = {"lora_embeddings": "freeze"}
 # What of the configuration in --pretrained the forward pass depends on.
 _MODEL_FIELDS = (
     "vocab_size",
@@ -176,6 +180,7 @@ class Inputs:
 def open_inputs(args: argparse.Namespace) -> Inputs:
     """Opens configuration, tokenizer and data; all problems with the data are reported together."""
     config = load_config(args.pretrained, args.trust_remote_code)
+    _refuse_forgotten_rows(args)
     if args.benchmark:
         rows = RandomRows(args.num_samples, args.max_length, config.vocab_size, args.seed)
         return Inputs(config, None, 0, rows, {})
@@ -204,6 +209,19 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     source, *evaluated = opened
     evaluation_sets = dict(zip(map(str, evaluation_paths), evaluated, strict=True))
     return Inputs(config, tokenizer, pad_token_id, source, evaluation_sets)
+
+
+def _refuse_forgotten_rows(args: argparse.Namespace) -> None:
+    """What the arguments' own check can't see: a model of the hub with an extended vocabulary."""
+    from transformers.utils import cached_file
+
+    problems = new_rows_problems(args, f"--pretrained {args.pretrained}")
+    if not problems or Path(args.pretrained).is_dir():
+        return
+    reasons = ("missing_entries", "connection_errors", "gated_repo")
+    quietly = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
+    if cached_file(args.pretrained, REPORT_FILE, **quietly) is not None:
+        raise UserError(problems)
 
 
 def lock_save_dir(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> None:
@@ -316,9 +334,12 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
         if (old := saved.get("model", {}).get(key, value)) != value:
             problems.append(f"--pretrained: {key} {old} when saved, {value} now")
     for name, value in settings["arguments"].items():
-        old = saved["arguments"].get(name)
-        if name not in free and old != value:
-            problems.append(f"--{name}: {old} when saved, {value} now")
+        old, now = (
+            _UNSET_MEANS.get(name) if given is None else given
+            for given in (saved["arguments"].get(name), value)
+        )
+        if name not in free and old != now:
+            problems.append(f"--{name}: {old} when saved, {now} now")
     if problems:
         where = f"--load_checkpoint {checkpoint}: "
         problems = [where + problem for problem in problems]
@@ -389,7 +410,8 @@ def boost_model(
         if checkpoint is not None:
             merged = (checkpoint / ADAPTER_DIRECTORY).is_dir()
             adapter = checkpoint / (ADAPTER_DIRECTORY if merged else "modeling")
-        model = add_lora(causal_lm, args.lora_rank, adapter, args.seed)
+        train_embeddings = args.lora_embeddings == "train"
+        model = add_lora(causal_lm, args.lora_rank, adapter, args.seed, train_embeddings)
     noise = EmbeddingNoise(args.neft_alpha, args.seed) if args.use_neft else None
     strategy.boost(model, causal_lm, noise)
 
@@ -421,7 +443,13 @@ def check_adapter_base(
     """
     if not args.lora_rank or args.benchmark:
         return
-    total = math.fsum(value for name, value in strategy.loaded_sums.items() if "lora_" not in name)
+    # Embeddings that train come from the checkpoint, not from the base.
+    embeddings_train = args.lora_embeddings == "train"
+    total = math.fsum(
+        value
+        for name, value in strategy.loaded_sums.items()
+        if "lora_" not in name and not (embeddings_train and is_embedding(name))
+    )
     settings["adapter_base"] = {"dtype": str(strategy.parameter_dtype), "sum": total}
     saved = {} if checkpoint is None else read_json(checkpoint / STATE_FILE).get("adapter_base", {})
     if saved.get("dtype") != str(strategy.parameter_dtype):
