@@ -129,8 +129,10 @@ def add_lora(
     from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
     if adapter is not None:
-        # Embeddings among its tensors go into the model's own.
-        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
+        # Embeddings among its tensors go into the model's own. peft would read it onto a GPU.
+        wrapped = PeftModel.from_pretrained(
+            model, adapter, is_trainable=True, autocast_adapter_dtype=False, torch_device="cpu"
+        )
     else:
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,

@@ -55,9 +55,12 @@ CASES = {
         2,
         ["--plugin", "3d", "--zero_stage", 2, "--mixed_precision", "bf16", *rows(4, 3)],
     ),
-    "LoRA with dropout": (
+    "LoRA with dropout, and embeddings": (
         2,
-        ["--plugin", "zero2", "--mixed_precision", "bf16", *rows(4, 3), "--lora_rank", 4, "--merge_lora"],
+        [
+            *("--plugin", "zero2", "--mixed_precision", "bf16", *rows(4, 3)),
+            *("--lora_rank", 4, "--lora_embeddings", "train", "--merge_lora"),
+        ],
     ),
 }
 

@@ -60,6 +60,30 @@ def test_adapter_is_merged(adapter_dir: Path, tiny_model_dir: Path) -> None:
     assert loaded.tokenizer.bos_token == "<s>"
 
 
+def with_embeddings(adapter: Path, rows: int) -> dict[str, torch.Tensor]:
+    """Puts embeddings into an adapter, as `--lora_embeddings train` does."""
+    path, width = adapter / "adapter_model.safetensors", 64
+    new = {
+        f"base_model.model.{name}.weight": torch.randn(rows, width)
+        for name in ("model.embed_tokens", "lm_head")
+    }
+    save_file({**load_file(path), **new}, path, metadata={"format": "pt"})
+    return new
+
+
+def test_adapter_with_embeddings_is_merged(adapter_dir: Path) -> None:
+    new = with_embeddings(adapter_dir, rows=500)
+    state = load(adapter_dir).model.state_dict()
+    for name, tensor in new.items():
+        assert torch.equal(state[name.removeprefix("base_model.model.")], tensor)
+
+
+def test_embeddings_of_another_vocabulary_are_refused(adapter_dir: Path) -> None:
+    with_embeddings(adapter_dir, rows=510)
+    with pytest.raises(UserError, match=r"--model_path .*adapter: can't be loaded: .*size mismatch"):
+        load(adapter_dir)
+
+
 def test_adapter_without_its_base_model(adapter_dir: Path) -> None:
     config = adapter_dir / "adapter_config.json"
     values = json.loads(config.read_text(encoding="utf-8"))

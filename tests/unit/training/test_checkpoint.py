@@ -23,6 +23,14 @@ WEIGHTS, TRAINED = 1000, 10
         ({"lora_rank": 4}, True, TRAINED, 2 * 12 * TRAINED),
         ({"lora_rank": 4, "merge_lora": True}, True, TRAINED, 12 * TRAINED + 4 * WEIGHTS),
         ({"lora_rank": 4, "merge_lora": True}, False, TRAINED, 2 * 12 * TRAINED),
+        ({"lora_rank": 4, "lora_embeddings": "train"}, True, TRAINED, 12 * TRAINED + 4 * WEIGHTS),
+        ({"lora_rank": 4, "lora_embeddings": "train"}, False, TRAINED, 2 * 12 * TRAINED),
+        (
+            {"lora_rank": 4, "lora_embeddings": "train", "merge_lora": True},
+            True,
+            TRAINED,
+            12 * TRAINED + 2 * 4 * WEIGHTS,  # merged, and once more beside the adapters
+        ),
     ],
 )
 def test_a_copy_takes_optimizer_and_weights(flags, is_main, trained, expected):
@@ -30,9 +38,10 @@ def test_a_copy_takes_optimizer_and_weights(flags, is_main, trained, expected):
     moments = {"step": 1, "exp_avg": torch.zeros(trained), "exp_avg_sq": torch.zeros(trained)}
     writer = object.__new__(CheckpointWriter)
     writer.is_main = is_main
+    unset = {"lora_rank": 0, "lora_embeddings": None, "merge_lora": False, "tp": 1}
     writer.strategy = SimpleNamespace(
-        args=argparse.Namespace(**{"lora_rank": 0, "merge_lora": False, "tp": 1, **flags}),
-        causal_lm=torch.nn.Linear(WEIGHTS, 1, bias=False),
+        args=argparse.Namespace(**{**unset, **flags}),
+        causal_lm=torch.nn.ModuleDict({"lm_head": torch.nn.Linear(WEIGHTS, 1, bias=False)}),
         master_weights=lambda: {"weight": (None, master)},
         optimizer=SimpleNamespace(optim=SimpleNamespace(state={master: moments})),
         shard_place=lambda: SimpleNamespace(num_replicas=2),

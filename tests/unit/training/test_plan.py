@@ -104,15 +104,16 @@ def test_trainable_parameters(tied: bool) -> None:
     assert frozen.trainable == (1 if tied else 2) * 128 * 64
 
 
-def test_lora_parameters_are_those_of_peft() -> None:
-    from peft import LoraConfig, get_peft_model
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("embeddings", ["freeze", "train"])
+def test_lora_parameters_are_those_of_peft(embeddings: str, tied: bool) -> None:
+    from colossal_llama.training.model import add_lora
 
-    from colossal_llama.training.model import LORA_TARGETS
-
-    config = make_config()
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=LORA_TARGETS))
+    config = make_config(tie_word_embeddings=tied)
+    model = add_lora(LlamaForCausalLM(config), 4, None, 0, embeddings == "train")
     trainable, total = model.get_nb_trainable_parameters()
-    counts = count_held_parameters(parse("--plugin ddp --lora_rank 4"), config, 0)
+    args = parse(f"--plugin ddp --lora_rank 4 --lora_embeddings {embeddings}")
+    counts = count_held_parameters(args, config, 0)
     assert (counts.trainable, counts.total) == (trainable, total)
 
 

@@ -14,7 +14,7 @@ from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.training.arguments import build_parser
 from colossal_llama.training.model import load_config, load_tokenizer
 from colossal_llama.training.plan import make_plan
-from colossal_llama.training.setup import keep_warm_up, open_inputs
+from colossal_llama.training.setup import check_resumable, keep_warm_up, open_inputs
 from colossal_llama.utils.errors import UserError
 
 
@@ -44,6 +44,41 @@ def test_bad_data_and_bad_evaluation_data_are_named_together(tmp_path, training_
         f"--{flag} {directory}"
         for flag, directory in zip(("dataset", "eval_dataset", "eval_dataset"), directories, strict=True)
     ]
+
+
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_lora_on_an_extended_model_of_the_hub_asks_for_its_embeddings(
+    is_extended, tmp_path, tiny_model_dir, monkeypatch
+):
+    """`freeze` is what leaving the flag out means elsewhere."""
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_model_dir, snapshot)
+    if is_extended:
+        (snapshot / "vocabulary_extension.json").write_text("{}")
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path))
+    flags = ["--pretrained", "some/model", "--benchmark", "--plugin", "ddp", "--lora_rank", 4]
+    if is_extended:
+        with pytest.raises(UserError, match=r"--lora_embeddings: .*--pretrained some/model has an extended"):
+            open_inputs(parse(*flags))
+    else:
+        open_inputs(parse(*flags))
+    open_inputs(parse(*flags, "--lora_embeddings", "freeze"))
+
+
+@pytest.mark.parametrize("saved", [{"lora_embeddings": None}, {"lora_embeddings": "freeze"}, {}])
+def test_embeddings_that_nothing_was_said_about_were_frozen(saved, tmp_path):
+    """Also by a version without the flag."""
+    same = {"data": {}, "layout": {}}
+    (tmp_path / "running_states.json").write_text(json.dumps({**same, "arguments": saved}))
+    for now in (None, "freeze"):
+        check_resumable(tmp_path, {**same, "model": {}, "arguments": {"lora_embeddings": now}})
+    with pytest.raises(UserError, match="--lora_embeddings: freeze when saved, train now"):
+        check_resumable(tmp_path, {**same, "model": {}, "arguments": {"lora_embeddings": "train"}})
 
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(1, 40), (2, 20), (4, 10)])

@@ -61,6 +61,7 @@ DEFAULTS = {
     "warmup_steps": None,
     "freeze_non_embeds_params": False,
     "lora_rank": 0,
+    "lora_embeddings": None,
     "merge_lora": False,
     "use_neft": False,
     "neft_alpha": 5.0,
@@ -170,7 +171,14 @@ CONTRADICTIONS = [
     ),
     ("--plugin 3d --enable_sequence_parallelism --sp_mode all_to_all", "--sp 1", "use --sp 2"),
     ("--plugin ddp --lora_rank 4 --freeze_non_embeds_params", "--freeze_non_embeds_params", "choose one"),
+    (
+        "--plugin ddp --lora_rank 4 --freeze_non_embeds_params",
+        "--lora_rank and --freeze_non_embeds_params",
+        "--lora_embeddings train",
+    ),
     ("--plugin ddp --merge_lora", "--merge_lora", "--lora_rank above 0"),
+    ("--plugin ddp --lora_embeddings train", "--lora_embeddings train", "--lora_rank above 0"),
+    ("--plugin ddp --lora_embeddings freeze", "--lora_embeddings freeze", "--lora_rank above 0"),
     ("--use_neft --neft_alpha 0", "--neft_alpha 0", "leave --use_neft out"),
     ("--load_checkpoint latest", "--load_checkpoint latest", "leave it out"),
     ("--load_checkpoint /no/such/place", "--load_checkpoint /no/such/place", "no such directory"),
@@ -194,6 +202,40 @@ def test_contradictions_are_reported_together(capsys: pytest.CaptureFixture[str]
     for name in ("--batch_size 2", "--zero_stage 2", "--merge_lora", "--neft_alpha 0", "--eval_interval 9"):
         assert sum(problem.startswith(name) for problem in problems) == 1
     assert len(problems) == 5
+
+
+@pytest.fixture
+def extended(tmp_path: Path) -> Path:
+    """A model directory that says that its vocabulary was extended."""
+    for name in ("config.json", "vocabulary_extension.json"):
+        (tmp_path / name).write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("mode", ["", "--dry_run"])
+@pytest.mark.parametrize("flag", ["--pretrained", "--load_checkpoint"])
+def test_lora_on_an_extended_model_asks_for_its_embeddings(
+    flag: str, mode: str, extended: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--pretrained", "some/model", "--dataset", str(extended), *mode.split()]
+    words += [flag, str(extended), "--plugin", "ddp"]
+    parser = build_parser()
+    parser.parse_args(words)
+    words += ["--lora_rank", "8"]
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args([*words, "--eval_interval", "9"])
+    assert caught.value.code == 2
+    first, second, _ = sorted(capsys.readouterr().err.splitlines())
+    assert first.startswith("error: --eval_interval 9"), "all at once"
+    for part in ("--lora_embeddings", f"{flag} {extended}", "`train`", "`freeze`"):
+        assert part in second
+    for choice in ("train", "freeze"):
+        assert parser.parse_args([*words, "--lora_embeddings", choice]).lora_embeddings == choice
+
+
+def test_embeddings_of_any_model_may_train_beside_lora() -> None:
+    assert parse("--plugin zero2 --lora_rank 8 --lora_embeddings train").lora_embeddings == "train"
+    assert parse("--plugin zero2 --lora_rank 8").lora_embeddings is None
 
 
 def test_bad_values_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
