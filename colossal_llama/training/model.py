@@ -129,7 +129,7 @@ def add_lora(
     from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
     if adapter is not None:
-        # Embeddings among its tensors go into the model's own. peft would read it onto a GPU.
+        # Embeddings among its tensors go into the model's own. peft would read them onto a GPU first.
         wrapped = PeftModel.from_pretrained(
             model, adapter, is_trainable=True, autocast_adapter_dtype=False, torch_device="cpu"
         )
@@ -142,16 +142,13 @@ def add_lora(
             target_modules=LORA_TARGETS,
         )
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                seed
-            )  # the CPU's alone: ranks keep dropout masks of their own
+            # The CPU's alone: ranks keep dropout masks of their own.
+            torch.default_generator.manual_seed(seed)
             wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
-    # A relative path would lead nowhere from another directory.
-    name = model.name_or_path
-    is_directory = bool(name) and Path(name).is_dir()
-    wrapped.peft_config["default"].base_model_name_or_path = (
-        str(Path(name).absolute()) if is_directory else name
-    )
+    base = model.name_or_path
+    if base and Path(base).is_dir():
+        base = str(Path(base).absolute())  # a relative path would lead nowhere from another directory
+    wrapped.peft_config["default"].base_model_name_or_path = base
     if train_embeddings:
         train_embeddings_too(model)
     return wrapped
