@@ -27,6 +27,7 @@ import numpy as np
 from colossal_llama.dataset.bins import BinTask, deal_documents, write_bin
 from colossal_llama.dataset.jsonl import Shard, find_input_files, make_shards
 from colossal_llama.dataset.shards import (
+    CACHE_FORMAT,
     MAX_LISTED_BAD_RECORDS,
     ShardSummary,
     ShardTask,
@@ -233,6 +234,7 @@ def _find_run_key(shards: list[Shard], spec: EncoderSpec, facts: dict[str, Any],
     arrow_dir = os.path.relpath(settings.data_arrow_output_dir.resolve(), settings.data_output_dirs.resolve())
     what = {
         **facts,
+        "cache_format": CACHE_FORMAT,
         "splice": settings.splice,
         "skip": settings.skip_bad_records,
         "spec": spec.as_key(),
