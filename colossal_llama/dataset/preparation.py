@@ -74,6 +74,7 @@ class Settings:
     overwrite: bool = False
     num_workers: int | None = 1
     ray_address: str = "none"
+    recursive: bool = False
 
     @property
     def cache_dir(self) -> Path:
@@ -117,6 +118,7 @@ def make_settings(args: Namespace, splice: bool) -> Settings:
         overwrite=args.overwrite,
         num_workers=args.num_workers,
         ray_address=args.ray_address,
+        recursive=args.recursive,
     )
 
 
@@ -156,7 +158,7 @@ def prepare(
     """
     started = time.monotonic()
     workers = open_workers(settings.ray_address, settings.num_workers, [encode_shard, write_bin])
-    files = find_input_files(settings.data_input_dirs)
+    files = find_input_files(settings.data_input_dirs, settings.recursive)
     with contextlib.ExitStack() as stack:
         outputs = {settings.data_output_dirs.resolve(), settings.data_arrow_output_dir.resolve()}
         for directory in sorted(outputs):
