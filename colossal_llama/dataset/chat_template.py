@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -41,6 +41,7 @@ from colossal_llama.dataset.tokenization import (
     ConversationRecord,
     EncoderSpec,
     Outcome,
+    TemplateTokens,
     describe_conversation,
     parse_conversation,
 )
@@ -95,20 +96,27 @@ class Refused(BadRecord):
         super().__init__(REFUSED, f"the chat template refuses it: {error}")
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerFast) -> tuple[str, tuple[tuple[str, str], ...]]:
+def check_chat_template(tokenizer: PreTrainedTokenizerFast) -> tuple[str, TemplateTokens]:
     """The tokenizer's template and the special tokens that it may name; `UserError` when it can't be used."""
     where = f"--chat_template: {tokenizer.name_or_path}"
     try:
         template = tokenizer.get_chat_template()
     except ValueError:
         raise UserError(f"{where}: this tokenizer has no chat template; leave the flag out") from None
-    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    probe = [Message("human", "a"), Message("assistant", "b")] * 2
     try:
         renderer = TemplateRenderer(tokenizer, template)
-        renderer.render([Message("human", "a"), Message("assistant", "b")] * 2)
+        (encoding,) = renderer.encode_rendered([renderer.render(probe)])
+        if encoding.ids != renderer.apply(probe, tokenize=True):
+            raise BadRecord(
+                "other ids",
+                "apply_chat_template gives other ids than its tokenizer.json; take split_special_tokens, if "
+                "it is there, out of its tokenizer_config.json",
+            )
     except BadRecord as error:
         raise UserError(f"{where}: {error}") from None
-    return template, tuple(sorted(special.items()))
+    names = tokenizer.special_tokens_map.items()
+    return template, tuple(sorted((k, v if isinstance(v, str) else tuple(v)) for k, v in names))
 
 
 class ChatTemplateEncoder:
@@ -117,9 +125,11 @@ class ChatTemplateEncoder:
     def __init__(self, spec: EncoderSpec) -> None:
         from transformers import PreTrainedTokenizerFast
 
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=spec.tokenizer_json, **dict(spec.template_tokens))
+        variables = dict(spec.template_tokens)
+        special = {name: value for name, value in variables.items() if isinstance(value, str)}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=spec.tokenizer_json, **special)
         self.max_length = spec.max_length
-        self.renderer = TemplateRenderer(tokenizer, spec.template)
+        self.renderer = TemplateRenderer(tokenizer, spec.template, variables)
 
     def parse(self, value: dict[str, Any]) -> TemplatedRecord:
         record = parse_conversation(value)
@@ -205,11 +215,23 @@ class ChatTemplateEncoder:
 
 
 class TemplateRenderer:
-    """Renders messages with a tokenizer's template, keeping track of spans and special tokens (see above)."""
+    """Renders messages with a tokenizer's template, keeping track of spans and special tokens (see above).
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    `variables`: what the template may name, where the tokenizer does not say it itself.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: str,
+        variables: Mapping[str, str | tuple[str, ...]] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.variables = {
+            name: value if isinstance(value, str) else list(value)
+            for name, value in (variables or {}).items()
+        }
         added = tokenizer.added_tokens_decoder.values()
         ordinary = {t.content for t in added if not t.special}
         self.special_tokens = sorted(
@@ -262,12 +284,12 @@ class TemplateRenderer:
         self, messages: Sequence[Message], with_spans: bool = True, add_generation_prompt: bool = False
     ) -> Rendered:
         """What the template writes; raises `BadRecord` where it refuses, or can't be seen through."""
-        text = self._apply(messages, add_generation_prompt)
+        text = self.apply(messages, add_generation_prompt)
         spans = self._find_spans(messages, text) if with_spans else []
         if not any(self.special_pattern.search(message.content) for message in messages):
             return Rendered(text, spans)
         quoted = [Message(m.role, self._quote(m.content)) for m in messages]
-        return self._rename(text, self._apply(quoted, add_generation_prompt), spans)
+        return self._rename(text, self.apply(quoted, add_generation_prompt), spans)
 
     def _rename(self, text: str, quoted: str, spans: list[tuple[int, int]]) -> Rendered:
         """`quoted` for the renamed tokenizer, with the spans of `text`, which it has to be a form of."""
@@ -323,7 +345,7 @@ class TemplateRenderer:
         return spans
 
     def _find_marked(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        marked = self._apply(messages, template=self.marked_template)
+        marked = self.apply(messages, template=self.marked_template)
         spans, parts, start, length = [], [], 0, 0
         for part in re.split(f"([{OPEN}{CLOSE}])", marked):
             if part == OPEN:
@@ -388,29 +410,32 @@ class TemplateRenderer:
 
     def _try(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str | None:
         try:
-            return self._apply(messages, add_generation_prompt)
+            return self.apply(messages, add_generation_prompt)
         except Refused:
             return None
 
-    def _apply(
+    def apply(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
         template: str | None = None,
-    ) -> str:
+        tokenize: bool = False,
+    ) -> Any:
+        """What `apply_chat_template` gives, text or token ids; raises `Refused`."""
         chat = [{"role": ROLE_NAMES[message.role], "content": message.content} for message in messages]
         try:
-            (text,) = self.tokenizer.apply_chat_template(
+            (result,) = self.tokenizer.apply_chat_template(
                 [chat],  # a batch, which transformers also takes when there is no message in it yet
                 chat_template=template or self.template,
                 add_generation_prompt=add_generation_prompt,
-                tokenize=False,
+                tokenize=tokenize,
+                **self.variables,
                 date_string=DATE_STRING,
                 strftime_now=DATE.strftime,
             )
         except Exception as error:  # a template is a program, and fails in any way
             raise Refused(error) from None
-        return text
+        return result
 
     def _quote(self, content: str) -> str:
         return self.special_pattern.sub(

@@ -33,6 +33,8 @@ from colossal_llama.dataset.jsonl import BadRecord, json_type, take_string
 from colossal_llama.dataset.labels import NO_LOSS_LABEL, has_loss
 
 DEFAULT_CATEGORY = "unknown"
+# Special tokens, or lists of them, by the names that a chat template has for them.
+TemplateTokens = tuple[tuple[str, str | tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class EncoderSpec:
     truncate: bool = False
     tokenizer_json: str = ""
     template: str = ""
-    template_tokens: tuple[tuple[str, str], ...] = ()
+    template_tokens: TemplateTokens = ()
 
     def as_key(self) -> dict[str, Any]:
         """What the encoding depends on: a tokenizer's content, wherever it is."""

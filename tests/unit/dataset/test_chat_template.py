@@ -340,6 +340,36 @@ def test_added_tokens_that_are_part_of_what_is_said(llama3_tokenizer_dir: Path, 
     assert style.encode(THOUGHTS[:2]) == prompt
 
 
+def test_all_special_tokens_that_a_template_may_name(llama3_tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(
+        llama3_tokenizer_dir,
+        additional_special_tokens=["<|eot_id|>"],
+        extra_special_tokens={"image_token": "<|end_of_text|>"},
+    )
+    tokenizer.chat_template = PLAIN.replace(
+        "{{ eos_token }}", "{{ additional_special_tokens[0] + image_token }}"
+    )
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    text, tokens = check_chat_template(tokenizer)
+    spec = EncoderSpec(
+        "chat_template", 1, 2, 4096, tokenizer_json=str(path), template=text, template_tokens=tokens
+    )
+    assert hash(spec)
+    assert json.dumps(spec.as_key())
+    (piece,) = encode(ChatTemplateEncoder(spec), TALK).pieces
+    ids = split_signed(piece)[0].tolist()
+    assert ids == apply(tokenizer, text, TALK)["input_ids"]
+    assert ids[-2:] == tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])
+
+
+def test_a_tokenizer_that_takes_control_tokens_for_text(llama3_tokenizer_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama3_tokenizer_dir, split_special_tokens=True)
+    tokenizer.chat_template = PLAIN
+    with pytest.raises(UserError, match="apply_chat_template gives other ids"):
+        check_chat_template(tokenizer)
+
+
 @pytest.mark.parametrize("trim_offsets", [False, True])
 def test_answers_that_begin_with_a_space(
     llama3_tokenizer_dir: Path, tmp_path: Path, trim_offsets: bool
