@@ -23,6 +23,7 @@ text; for a tokenizer that encodes such conversations alone, the template's are 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -162,6 +163,8 @@ class ChatTemplateEncoder:
     def _finish(self, record: TemplatedRecord, stored: np.ndarray) -> Outcome:
         """`stored`: the conversation up to its last answer, or all of it when there is none."""
         notes = describe_conversation(record.messages)
+        if record.full.is_renamed:
+            notes.append("special token's string as text")
         if record.up_to_answer is None:
             return Outcome(len(stored), [], {"no answer": len(stored)}, "no answer", notes)
         num_tokens = num_up_to_answer = len(stored)
@@ -191,13 +194,11 @@ class ChatTemplateEncoder:
         Each beginning is rendered as a conversation of its own: the template may write it in another way.
         """
         for end in record.ends[1:]:
-            try:
-                rendered = self.renderer.render(record.messages[:end])
-            except BadRecord:
-                continue
-            (stored,) = self._encode_rendered([rendered])
-            if len(stored) <= self.max_length:
-                return stored
+            messages = record.messages[:end]
+            with contextlib.suppress(BadRecord):
+                (stored,) = self._encode_rendered([self.renderer.render(messages, with_spans=False)])
+                if len(stored) <= self.max_length:  # only now are the answers looked for, which takes longer
+                    return self._encode_rendered([self.renderer.render(messages)])[0]
         return None
 
     def _encode_rendered(self, rendered: Sequence[Rendered]) -> list[np.ndarray]:

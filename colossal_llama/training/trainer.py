@@ -94,6 +94,7 @@ class Trainer:
         self.first_record: dict[str, Any] | None = None
         self.last_record: dict[str, Any] = {}
         self.steps_without_loss = 0
+        self.sets_without_loss: set[str] = set()
         self.started = time.perf_counter()
 
     def run(self) -> bool:
@@ -304,7 +305,9 @@ class Trainer:
                 return True
             totals += sums
             if not sums[1]:
-                warn(f"--eval_dataset {name}: no token of it has loss; it has no evaluation loss")
+                if name not in self.sets_without_loss:
+                    warn(f"--eval_dataset {name}: no token of it has loss; it has no evaluation loss")
+                self.sets_without_loss.add(name)
             elif len(self.evaluation_sets) > 1:
                 results[f"eval_loss/{name}"] = float(sums[0] / sums[1])
         if totals[1]:

@@ -189,7 +189,9 @@ def test_special_token_strings_in_messages_are_text(
 ) -> None:
     end, begin = tokenizer.eos_token, tokenizer.bos_token
     messages = [Message("human", f"What is {end}{begin}?"), Message("assistant", f"{end} ends a text.")]
-    (piece,) = encode(make_encoder(template), messages).pieces
+    outcome = encode(make_encoder(template), messages)
+    assert outcome.notes == ["special token's string as text"]  # here apply_chat_template gives other ids
+    (piece,) = outcome.pieces
     ids = split_signed(piece)[0].tolist()
     num_turns = 2 if template == PLAIN else 1
     assert ids.count(tokenizer.eos_token_id) == num_turns
