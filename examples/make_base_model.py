@@ -7,10 +7,10 @@ are random.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from colossal_llama.tokenizer.corpus_texts import read_samples
 from colossal_llama.utils.arguments import ArgumentParser, directory_list, number, positive_int
 from colossal_llama.utils.console import format_table, log
 from colossal_llama.utils.errors import UserError, run_command
@@ -36,14 +36,7 @@ def build_parser() -> ArgumentParser:
 
 def read_texts(directories: list[Path]) -> list[str]:
     """`source` and `target` of every record, the ones without Chinese characters alone."""
-    texts = []
-    for directory in directories:
-        for path in sorted(directory.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                text = record["source"] + record["target"]
-                if not HAN.search(text):
-                    texts.append(text)
+    texts = [text for text in read_samples(directories) if not HAN.search(text)]
     if not texts:
         raise UserError(f"{', '.join(map(str, directories))}: no *.jsonl record without Chinese characters")
     return texts

@@ -22,6 +22,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from colossal_llama.dataset.labels import count_loss_tokens
 from colossal_llama.dataset.packing import one_piece_per_row, pack_best_fit, shuffle_rows
 from colossal_llama.dataset.statistics import BinCounts
 from colossal_llama.dataset.tokenization import split_signed
@@ -263,7 +264,7 @@ class RowWriter:
         """Writes `len(row_lengths)` rows: `num_documents[r]` documents and `row_lengths[r]` tokens each."""
         input_ids, labels = split_signed(stored)
         document_lengths = document_lengths.astype(np.int32, copy=False)
-        self.num_labels += int((labels >= 0).sum())
+        self.num_labels += count_loss_tokens(labels, document_lengths)
         token_starts = np.concatenate(([0], np.cumsum(row_lengths))).astype(np.int32)
         document_starts = np.concatenate(([0], np.cumsum(num_documents))).astype(np.int32)
         batch = pa.record_batch(

@@ -15,19 +15,22 @@ from typing import Any, BinaryIO
 import orjson
 
 from colossal_llama.dataset.storage import (
+    NOT_A_FILE,
     READ_BUFFER_BYTES,
     InputFile,
-    is_url,
-    list_files,
+    Listing,
+    identity,
+    list_input,
     open_range,
     stat_file,
 )
-from colossal_llama.utils.console import warn
+from colossal_llama.utils.console import log, warn
 from colossal_llama.utils.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # Names of files that may well be meant as input, though they are not read.
-SIMILAR_NAME = re.compile(r"[^.].*\.(jsonl?|jsonlines|ndjson)(\.\w+)?", re.IGNORECASE)
+SIMILAR_NAME = re.compile(r"[^.].*\.(jsonl?|jsonlines|ndjson|parquet|csv|tsv)(\.\w+)?", re.IGNORECASE)
+MAX_NAMED_FILES = 20
 UTF8_BOM = b"\xef\xbb\xbf"
 # Small enough that a small corpus keeps every worker busy to the end, and never more shards than that.
 MIN_SHARD_BYTES = 2 << 20
@@ -60,31 +63,34 @@ class BadRecord(Exception):
         super().__init__(message or kind)
 
 
-def find_input_files(directories: Sequence[Path | str]) -> list[list[InputFile]]:
-    """The input files of each directory or URL, sorted by name.
+def find_input_files(
+    directories: Sequence[Path | str], recursive: bool | None = None
+) -> list[list[InputFile]]:
+    """The input files of each directory or URL, sorted by their paths below it; says what is not read.
+
+    Args:
+        recursive: read the directories below too; None where the command has no flag for that.
 
     Raises:
-        UserError: a directory without any, one that is given twice or can't be listed, a link to nothing, a
-            file that is there packed and unpacked, or `.zst` files without `zstandard`.
+        UserError: a directory without any, one that is given twice or can't be listed, a directory below that
+            holds input which would not be read, a link to nothing, a file that is there packed and unpacked,
+            or `.zst` files without `zstandard`.
     """
     problems, found = [], []
-    seen: set[str] = set()
-    for directory in directories:
-        name = str(directory).rstrip("/") if is_url(directory) else str(Path(directory).resolve())
-        if name in seen:
+    given = [identity(directory) for directory in directories]
+    # A directory that is read, by itself or below another one, is not read again.
+    seen = dict.fromkeys(given, "given as a directory of its own")
+    for number, directory in enumerate(directories):
+        if given[number] in given[:number]:
             problems.append(f"--data_input_dirs {directory}: given twice; its records would count twice")
-        seen.add(name)
         try:
-            files = list_files(directory, SUFFIXES)
+            listing = list_input(directory, SUFFIXES, bool(recursive), seen)
         except UserError as error:
             problems += [f"--data_input_dirs {problem}" for problem in error.problems]
             continue
-        if not files:
-            problems.append(
-                f"--data_input_dirs {directory}: holds no {', '.join('*' + s for s in SUFFIXES)} file"
-            )
-        problems += _find_missed_and_doubled(directory, files)
-        found.append(files)
+        problems += _find_missed_and_doubled(directory, listing, recursive)
+        _report_left_out(directory, listing)
+        found.append(list(listing.files.values()))
     compressed = [file.path for files in found for file in files if file.name.endswith(".zst")]
     if compressed and _import_zstandard() is None:
         problems.append(f"{compressed[0]}: reading .zst needs a library: pip install zstandard")
@@ -93,31 +99,59 @@ def find_input_files(directories: Sequence[Path | str]) -> list[list[InputFile]]
     return found
 
 
-def _find_missed_and_doubled(directory: Path | str, files: list[InputFile]) -> list[str]:
-    """Problems with records that would be left out, or counted twice; warns of files that are not read."""
-    names = {file.name for file in files}
-    problems = [
-        f"--data_input_dirs {directory}: holds both {name} and {name}{packing}; its records would count twice"
-        for name in sorted(names)
+def _find_missed_and_doubled(directory: Path | str, listing: Listing, recursive: bool | None) -> list[str]:
+    """Problems with records that would be left out, or counted twice."""
+    where = f"--data_input_dirs {directory}"
+    problems = []
+    if listing.subdirectories:
+        name, file = next(iter(listing.subdirectories.items()))
+        others = len(listing.subdirectories) - 1
+        remedy = "give it as a directory of its own"
+        if recursive is not None:
+            remedy += ", or use --recursive"
+        problems.append(
+            f"{where}: the directory {name} in it holds input ({file}) that would not be read"
+            + (f", and so do {others:,} more" if others else "")
+            + f"; {remedy}"
+        )
+    elif not listing.files:
+        problems.append(f"{where}: holds no {', '.join('*' + s for s in SUFFIXES)} file")
+    problems += [
+        f"{where}: holds both {name} and {name}{packing}; its records would count twice"
+        for name in listing.files
         for packing in (".gz", ".zst")
-        if f"{name}{packing}" in names
+        if f"{name}{packing}" in listing.files
     ]
-    if is_url(directory):
-        return problems
-    others = sorted(path for path in Path(directory).iterdir() if path.name not in names)
-    unread = []
-    for path in others:
-        if path.name.endswith(SUFFIXES) and path.is_symlink() and not path.exists():
-            problems.append(f"{path}: a link to {path.readlink()}, which is not there; mend or remove it")
-        elif SIMILAR_NAME.fullmatch(path.name):
-            unread.append(path.name)
-    if unread:
-        more = f" and {len(unread) - 5:,} more" if len(unread) > 5 else ""
+    problems += [
+        f"{directory}/{name}: a link to {target}, which is not there; mend or remove it"
+        for name, target in listing.broken_links.items()
+    ]
+    return problems
+
+
+def _report_left_out(directory: Path | str, listing: Listing) -> None:
+    """Names everything that is not read: a warning where it may be meant as input."""
+    similar: list[str] = []
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in listing.left_out:
+        base = name.rstrip("/").rpartition("/")[2]
+        if SIMILAR_NAME.fullmatch(base) and name not in listing.files and reason != NOT_A_FILE:
+            similar.append(name.rstrip("/"))
+        else:
+            by_reason.setdefault(reason, []).append(name)
+    if similar:
         warn(
-            f"--data_input_dirs {directory}: {', '.join(unread[:5])}{more} not read: input is what ends "
+            f"--data_input_dirs {directory}: {_enumerate(similar)} not read: input is what ends "
             f"in {', '.join(SUFFIXES)}"
         )
-    return problems
+    if by_reason:
+        parts = [f"{_enumerate(names)} ({reason})" for reason, names in by_reason.items()]
+        log(f"{directory}: left out: {'; '.join(parts)}")
+
+
+def _enumerate(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED_FILES:,} more" if len(names) > MAX_NAMED_FILES else ""
+    return ", ".join(names[:MAX_NAMED_FILES]) + more
 
 
 def make_shards(files: list[list[InputFile]]) -> list[Shard]:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from colossal_llama.dataset.labels import without_first_tokens
 from colossal_llama.training.loss import IGNORE_INDEX
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json
@@ -426,8 +427,7 @@ class Collator:
                     f"the row has {n} tokens; prepare the data again"
                 )
             input_ids[i, :n] = content.input_ids
-            labels[i, : n - 1] = content.labels[1:]
-            labels[i, starts[1:] - 1] = IGNORE_INDEX
+            labels[i, : n - 1] = without_first_tokens(content.labels, lengths)[1:]
             position_ids[i, :n] -= np.repeat(starts, lengths)
             position_ids[i, n:] -= n
             document_index[i, :n] = np.repeat(np.arange(len(lengths)), lengths)

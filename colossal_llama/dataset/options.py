@@ -28,6 +28,12 @@ def add_preparation_flags(parser: ArgumentParser) -> None:
         help="comma list of directories with *.jsonl, *.jsonl.gz or *.jsonl.zst files, or URLs of such: "
         "s3://, gs://, hf://, https://, …",
     )
+    parser.add_flag(
+        "--recursive",
+        default=False,
+        help="read the directories below --data_input_dirs too; off: one that holds input is an error",
+        group=paths,
+    )
     paths.add_argument(
         "--tokenizer_dir", type=existing_directory, required=True, help="tokenizer in Hugging Face format"
     )
@@ -106,6 +112,8 @@ def _check_directories(args: Namespace) -> list[str]:
         path.resolve()
         for path in (args.data_output_dirs, args.data_output_dirs / "jsonl", args.data_arrow_output_dir)
     }
+    if args.recursive:  # a next run would read what lies anywhere below
+        written |= {parent for path in written for parent in path.parents}
     return [
         f"--data_output_dirs {args.data_output_dirs}: would write into the input directory {directory}"
         for directory in args.data_input_dirs

@@ -27,6 +27,7 @@ import numpy as np
 from colossal_llama.dataset.bins import BinTask, deal_documents, write_bin
 from colossal_llama.dataset.jsonl import Shard, find_input_files, make_shards
 from colossal_llama.dataset.shards import (
+    CACHE_FORMAT,
     MAX_LISTED_BAD_RECORDS,
     ShardSummary,
     ShardTask,
@@ -73,6 +74,7 @@ class Settings:
     overwrite: bool = False
     num_workers: int | None = 1
     ray_address: str = "none"
+    recursive: bool = False
 
     @property
     def cache_dir(self) -> Path:
@@ -116,6 +118,7 @@ def make_settings(args: Namespace, splice: bool) -> Settings:
         overwrite=args.overwrite,
         num_workers=args.num_workers,
         ray_address=args.ray_address,
+        recursive=args.recursive,
     )
 
 
@@ -155,7 +158,7 @@ def prepare(
     """
     started = time.monotonic()
     workers = open_workers(settings.ray_address, settings.num_workers, [encode_shard, write_bin])
-    files = find_input_files(settings.data_input_dirs)
+    files = find_input_files(settings.data_input_dirs, settings.recursive)
     with contextlib.ExitStack() as stack:
         outputs = {settings.data_output_dirs.resolve(), settings.data_arrow_output_dir.resolve()}
         for directory in sorted(outputs):
@@ -233,6 +236,7 @@ def _find_run_key(shards: list[Shard], spec: EncoderSpec, facts: dict[str, Any],
     arrow_dir = os.path.relpath(settings.data_arrow_output_dir.resolve(), settings.data_output_dirs.resolve())
     what = {
         **facts,
+        "cache_format": CACHE_FORMAT,
         "splice": settings.splice,
         "skip": settings.skip_bad_records,
         "spec": spec.as_key(),

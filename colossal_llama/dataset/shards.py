@@ -27,7 +27,7 @@ from colossal_llama.dataset.statistics import Counts
 from colossal_llama.dataset.tokenization import EncoderSpec, RecordEncoder, load_encoder
 from colossal_llama.utils.files import aside_path, naming, wait_for_file
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2  # raised when the same records become other documents
 CACHE_NAME = re.compile(
     r"[0-9a-f]{24}(\.\d+\.tmp|\.tokens|\.npz)|\.[0-9a-f]{24}\.(tokens|npz)\.[0-9a-f]{16}\.tmp"
 )

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,6 +48,7 @@ FETCH_BYTES = 8 << 20  # of one request
 TAIL_BYTES = 1 << 16  # beyond a shard's end, where only its last line reaches
 FETCH_ATTEMPTS = 3
 STAT_THREADS = 16
+NOT_A_FILE = "not a regular file"
 
 
 @dataclass(frozen=True)
@@ -73,30 +74,171 @@ def is_url(text: str | Path) -> bool:
     return URL.match(str(text)) is not None
 
 
-def list_files(directory: Path | str, suffixes: tuple[str, ...]) -> list[InputFile]:
-    """The files with these suffixes in a directory or behind a URL, not those below, sorted by name.
+@dataclass
+class Listing:
+    """What is in an input directory. Names are paths below it; those of directories end with a slash.
+
+    Args:
+        files: input by name, in the order of the names.
+        left_out: what is not read, and why.
+        subdirectories: those that hold input and were not to be read, with one of their files.
+        broken_links: links by an input file's name to nothing, and where they point.
+    """
+
+    files: dict[str, InputFile] = field(default_factory=dict)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    subdirectories: dict[str, str] = field(default_factory=dict)
+    broken_links: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """`reason`: why it is not read. `location`: path or URL."""
+
+    name: str
+    location: str
+    is_directory: bool = False
+    reason: str | None = None
+    link: str | None = None
+
+
+def list_input(
+    directory: Path | str,
+    suffixes: tuple[str, ...],
+    recursive: bool = False,
+    seen: dict[str, str] | None = None,
+) -> Listing:
+    """The files with these suffixes in a directory or behind a URL, and everything else that is there.
+
+    Args:
+        recursive: read directories below too. Hidden ones are not, nor what a prepare script wrote.
+        seen: directories that are not to be entered, by `identity`, with the reason; those that are read are
+            added, so that none is read twice.
 
     Raises:
-        UserError: a URL that can't be listed.
+        UserError: a directory or URL that can't be listed.
     """
-    if not is_url(directory):
-        paths = [p for p in Path(directory).iterdir() if p.name.endswith(suffixes) and p.is_file()]
-        # Links are not followed in the name, which says how a file is read.
-        return [stat_file(str(path.absolute())) for path in sorted(paths)]
-    filesystem, path = _open_filesystem(str(directory))
-    with _explained(str(directory)):
-        filesystem.invalidate_cache()
-        entries = filesystem.ls(path, detail=True)
-        if [entry["name"].rstrip("/") for entry in entries] == [path.rstrip("/")] and _is_file(entries[0]):
-            raise UserError(f"{directory}: is a file; give the URL of its directory")
-    urls = [
-        filesystem.unstrip_protocol(entry["name"])
-        for entry in entries
-        if entry["name"].endswith(suffixes) and _is_file(entry)
-    ]
+    seen = {} if seen is None else seen
+    listing = Listing()
+    paths: dict[str, str] = {}
+    for entry in _walk(str(directory), "", seen, recursive):
+        if entry.is_directory:  # not entered
+            files = (
+                e.name for e in _walk(entry.location, entry.name, dict(seen), True) if _is_input(e, suffixes)
+            )
+            first = next(files, None)
+            if first is None:
+                listing.left_out.append((entry.name, "no input file in it"))
+            else:
+                listing.subdirectories[entry.name] = first
+        elif _is_input(entry, suffixes):
+            paths[entry.name] = entry.location
+        elif entry.link is not None and entry.name.endswith(suffixes):
+            listing.broken_links[entry.name] = entry.link
+        else:
+            reason = entry.reason or f"not {', '.join('*' + suffix for suffix in suffixes)}"
+            listing.left_out.append((entry.name, reason))
     # One by one as the workers will: a listing may have other details, or none at all.
-    with ThreadPoolExecutor(STAT_THREADS) as pool:
-        return sorted(pool.map(stat_file, urls), key=lambda file: file.name)
+    names = sorted(paths)
+    with ThreadPoolExecutor(STAT_THREADS if is_url(directory) else 1) as pool:
+        listing.files = dict(zip(names, pool.map(stat_file, [paths[name] for name in names]), strict=True))
+    empty = [name for name, file in listing.files.items() if file.size == 0]
+    listing.left_out += [(name, "empty") for name in empty]
+    listing.left_out.sort()
+    return listing
+
+
+def identity(directory: Path | str) -> str:
+    """The same for two names of one directory."""
+    if not is_url(directory):
+        return str(Path(directory).resolve())
+    with contextlib.suppress(UserError):  # which listing it raises again
+        filesystem, path = _open_filesystem(str(directory))
+        return filesystem.unstrip_protocol(path.rstrip("/"))
+    return str(directory).rstrip("/")
+
+
+def _is_input(entry: _Entry, suffixes: tuple[str, ...]) -> bool:
+    return not entry.is_directory and entry.reason is None and entry.name.endswith(suffixes)
+
+
+def _walk(directory: str, prefix: str, seen: dict[str, str], recursive: bool) -> Iterator[_Entry]:
+    """Everything in a directory; directories below are entered, or given as they are."""
+    entries = _remote_entries(directory) if is_url(directory) else _local_entries(directory)
+    for entry in entries:
+        if not entry.is_directory:
+            yield replace(entry, name=prefix + entry.name)
+            continue
+        name = f"{prefix}{entry.name}/"
+        key = identity(entry.location)
+        reason = entry.reason or seen.get(key)
+        if reason is None and entry.name.startswith("."):
+            reason = "hidden"
+        if reason is None and not is_url(entry.location) and _is_prepared(Path(entry.location)):
+            reason = "output of a prepare script"
+        if reason is not None:
+            yield replace(entry, name=name, is_directory=False, reason=reason)
+        elif not recursive:
+            yield replace(entry, name=name)
+        else:
+            seen[key] = f"the same directory as {name}"
+            is_empty = True
+            for below in _walk(entry.location, name, seen, True):
+                is_empty = False
+                yield below
+            if is_empty:
+                yield replace(entry, name=name, is_directory=False, reason="empty")
+
+
+def _is_prepared(directory: Path) -> bool:
+    is_output = (directory / "stats.json").is_file() or (directory / "cache" / "run.json").is_file()
+    return is_output and (directory / "jsonl").is_dir()
+
+
+def _local_entries(directory: str) -> list[_Entry]:
+    entries = []
+    try:
+        paths = sorted(Path(directory).absolute().iterdir())
+    except PermissionError as error:
+        raise UserError(f"{directory}: can't be read: {error.strerror}") from None
+    for path in paths:
+        # Links are not followed in the name, which says how a file is read.
+        if path.is_dir():
+            entries.append(_Entry(path.name, str(path), is_directory=True))
+        elif path.is_file():
+            entries.append(_Entry(path.name, str(path)))
+        elif path.is_symlink():
+            target = str(path.readlink())
+            reason = f"a link to {target}, which is not there"
+            entries.append(_Entry(path.name, str(path), reason=reason, link=target))
+        else:
+            entries.append(_Entry(path.name, str(path), reason=NOT_A_FILE))
+    return entries
+
+
+def _remote_entries(url: str) -> list[_Entry]:
+    filesystem, path = _open_filesystem(url)
+    path = path.rstrip("/")
+    with _explained(url):
+        filesystem.invalidate_cache()
+        found = filesystem.ls(path + "/" if url.endswith("/") else path, detail=True)
+        if [entry["name"].rstrip("/") for entry in found] == [path] and _is_file(found[0]):
+            raise UserError(f"{url}: is a file; give the URL of its directory")
+    entries = []
+    for entry in sorted(found, key=lambda entry: entry["name"]):
+        full = entry["name"].rstrip("/")
+        name = full.rpartition("/")[2]
+        if full == path or name.startswith(("?", "#")):  # the directory itself, or the sort links of a page
+            continue
+        location = filesystem.unstrip_protocol(entry["name"])
+        if _is_file(entry):
+            entries.append(_Entry(name, location))
+        elif entry.get("type") == "directory":
+            reason = None if full.startswith(path + "/") else "not below this directory"
+            entries.append(_Entry(name, location, is_directory=True, reason=reason))
+        else:
+            entries.append(_Entry(name, location, reason=NOT_A_FILE))
+    return entries
 
 
 def stat_file(path: str) -> InputFile:

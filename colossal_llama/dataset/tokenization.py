@@ -30,9 +30,11 @@ from colossal_llama.dataset.conversation import (
     render_turns,
 )
 from colossal_llama.dataset.jsonl import BadRecord, json_type, take_string
+from colossal_llama.dataset.labels import NO_LOSS_LABEL, has_loss
 
-NO_LOSS_LABEL = -100
 DEFAULT_CATEGORY = "unknown"
+# Special tokens, or lists of them, by the names that a chat template has for them.
+TemplateTokens = tuple[tuple[str, str | tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class EncoderSpec:
     truncate: bool = False
     tokenizer_json: str = ""
     template: str = ""
-    template_tokens: tuple[tuple[str, str], ...] = ()
+    template_tokens: TemplateTokens = ()
 
     def as_key(self) -> dict[str, Any]:
         """What the encoding depends on: a tokenizer's content, wherever it is."""
@@ -210,23 +212,45 @@ def find_first_token_beyond(encoding: Any, num_characters: int) -> int:
 
 def _truncate(stored: np.ndarray, max_length: int) -> Outcome:
     kept, num_cut = stored[:max_length], len(stored) - max_length
-    if not (kept >= 0).any():
+    if not has_loss(kept):
         reason = "no label in the part kept"
         return Outcome(len(stored), dropped_tokens={reason: len(stored)}, reason=reason)
     return Outcome(len(stored), [kept], {"beyond max_length": num_cut}, notes=["truncated"])
 
 
 def _chunk(stored: np.ndarray, max_length: int) -> Outcome:
-    """Full rows and a remainder, BOS in the first, EOS in the last; a chunk without a label is dropped."""
+    """Full rows and a remainder, BOS in the first, EOS in the last; a chunk without loss is dropped."""
     outcome = Outcome(len(stored), notes=["chunked"])
-    for start in range(0, len(stored), max_length):
-        chunk = stored[start : start + max_length]
-        if (chunk >= 0).any():
+    start = 0
+    while start < len(stored):
+        end = _end_of_chunk(stored, start, max_length)
+        chunk = stored[start:end]
+        if has_loss(chunk):
             outcome.pieces.append(chunk)
         else:
             reason = "chunk without label"
             outcome.dropped_tokens[reason] = outcome.dropped_tokens.get(reason, 0) + len(chunk)
+        start = end
+    if not outcome.pieces:
+        outcome.reason = "chunk without label"
     return outcome
+
+
+def _end_of_chunk(stored: np.ndarray, start: int, max_length: int) -> int:
+    """Where the chunk that begins at `start` ends.
+
+    The first token of a row has no loss. When it is the only label of the next chunk (a remainder of one
+    token, most often), this chunk leaves it a token; and all that it can take, where this chunk has no loss
+    without that token and would be dropped:
+
+        rows of 4    a b c d | e          a b c | d e          the label is e's
+                    ~a~b~c d | e         ~a | ~b~c d e         ~ is without label
+    """
+    end = min(start + max_length, len(stored))
+    following = stored[end : end + max_length]
+    if not len(following) or following[0] < 0 or has_loss(following):
+        return end
+    return end - 1 if has_loss(stored[start : end - 1]) else end + 1 - max_length
 
 
 def parse_conversation(value: dict[str, Any]) -> ConversationRecord:

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from colossal_llama.dataset.chat_template import (
-    CLOSE,
-    MARKS,
-    OPEN,
-    QUOTE,
-    TemplateRenderer,
-    rename_special_tokens,
-    renamed,
-)
+from colossal_llama.dataset.chat_template import MARKS, TemplateRenderer
 from colossal_llama.dataset.conversation import (
     Message,
     encode_chat_prompt,
@@ -83,7 +74,6 @@ class TemplatePrompts(TemplateRenderer):
         except ValueError:
             raise UserError(f"{where}: this tokenizer has no chat template; leave the flag out") from None
         super().__init__(tokenizer, template)
-        self.backend = rename_special_tokens(tokenizer.backend_tokenizer, self.special_tokens)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the messages and of what the template writes in front of an answer."""
@@ -104,17 +94,7 @@ class TemplatePrompts(TemplateRenderer):
         if any(MARKS.search(message.content) for message in messages):
             raise UserError("the prompt holds a Unicode noncharacter (U+FDD0 to U+FDD3); leave it out")
         try:
-            text = self._apply(messages, add_generation_prompt)
+            rendered = self.render(messages, False, add_generation_prompt)
         except BadRecord as error:
             raise UserError(f"--chat_template: {error}") from None
-
-        def replace(match: re.Match[str]) -> str:
-            mark = match.group()
-            if mark in (OPEN, CLOSE):
-                return ""
-            if mark.startswith(QUOTE):
-                return self.special_tokens[int(match.group(1))]
-            return renamed(self.special_tokens.index(mark))
-
-        text = self.rendered_pattern.sub(replace, text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.encode_rendered([rendered])[0].ids

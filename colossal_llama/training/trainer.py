@@ -93,6 +93,8 @@ class Trainer:
         self.start_state = replace(state)
         self.first_record: dict[str, Any] | None = None
         self.last_record: dict[str, Any] = {}
+        self.steps_without_loss = 0
+        self.sets_without_loss: set[str] = set()
         self.started = time.perf_counter()
 
     def run(self) -> bool:
@@ -111,11 +113,14 @@ class Trainer:
             outcome = self.step(batches)
             record, stopped = outcome.record, outcome.stop_requested
             bar.update()
-            bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}", refresh=False)
+            shown = f"{record['loss']:.4f}" if "loss" in record else "none"
+            bar.set_postfix(loss=shown, lr=f"{record['lr']:.2e}", refresh=False)
             state.evaluation_due = self._evaluation_is_due(outcome.epoch_ended)
             if state.evaluation_due and not stopped:
                 stopped = self._evaluate(record)
-            self.first_record, self.last_record = self.first_record or record, record
+            if "loss" in record:
+                self.first_record = self.first_record or record
+            self.last_record = {"loss": self.last_record.get("loss"), **record}
             if self.metrics is not None:
                 self.metrics.write(record)
             if outcome.save_is_written:
@@ -140,6 +145,8 @@ class Trainer:
             ("time", f"{timedelta(seconds=round(seconds))}"),
             ("tokens/s", f"{tokens / max(seconds, 1e-9):,.0f}"),
         ]
+        if self.steps_without_loss:
+            rows.append(("steps without loss", f"{self.steps_without_loss:,}"))
         if self.first_record is not None:
             rows.append(
                 ("loss, first to last", f"{self.first_record['loss']:.4f} to {self.last_record['loss']:.4f}")
@@ -191,6 +198,7 @@ class Trainer:
         if (
             self.writer is not None
             and state.step == 0
+            and num_labels
             and looks_untrained(loss, strategy.causal_lm.config.vocab_size)
         ):
             warn(
@@ -213,12 +221,14 @@ class Trainer:
             "step": state.step,
             "epoch": epoch,
             "tokens": state.tokens,
-            "loss": loss,
+            **({"loss": loss} if num_labels else {}),
             "lr": learning_rate,
             "grad_norm": grad_norm,
             "tokens_per_second": num_tokens / seconds,
             "step_seconds": seconds,
         }
+        if not num_labels:
+            self._count_step_without_loss()
         scale = strategy.loss_scale_state().get("scale")
         if scale is not None:
             record["loss_scale"] = scale
@@ -228,6 +238,16 @@ class Trainer:
             )
         save_is_written = round(written / strategy.dp_size * 1e6) == 1e6
         return StepOutcome(record, epoch_ended, stop_requests > 0, save_is_written)
+
+    def _count_step_without_loss(self) -> None:
+        """Data of earlier versions, or of other programs, may hold rows in which no token has loss."""
+        self.steps_without_loss += 1
+        if self.steps_without_loss == 1:
+            warn(
+                f"step {self.state.step}: no token of its rows has loss, so nothing is learned from them and "
+                "the step has no loss in the metrics; prepare the data again. Further steps of this kind are "
+                "counted, not listed"
+            )
 
     def _stop_at_broken_loss(
         self, value: float, own_loss: torch.Tensor, collated: list[dict[str, Any]], what: str = "loss"
@@ -284,13 +304,19 @@ class Trainer:
                 log(f"step {self.state.step}: the evaluation was cut short; the resumed run does it again")
                 return True
             totals += sums
-            if len(self.evaluation_sets) > 1:
-                results[f"eval_loss/{name}"] = float(sums[0] / sums[1].clamp(min=1))
-        loss = float(totals[0] / totals[1].clamp(min=1))
-        results.update(eval_loss=loss, eval_perplexity=math.exp(min(loss, 700.0)))
-        log(
-            f"step {self.state.step}: evaluation loss {loss:.4f}, perplexity {results['eval_perplexity']:.2f}"
-        )
+            if not sums[1]:
+                if name not in self.sets_without_loss:
+                    warn(f"--eval_dataset {name}: no token of it has loss; it has no evaluation loss")
+                self.sets_without_loss.add(name)
+            elif len(self.evaluation_sets) > 1:
+                results[f"eval_loss/{name}"] = float(sums[0] / sums[1])
+        if totals[1]:
+            loss = float(totals[0] / totals[1])
+            results.update(eval_loss=loss, eval_perplexity=math.exp(min(loss, 700.0)))
+            log(
+                f"step {self.state.step}: evaluation loss {loss:.4f}, perplexity "
+                f"{results['eval_perplexity']:.2f}"
+            )
         record.update(results)
         self.state.evaluation_due = False
         return False

@@ -300,3 +300,31 @@ def test_benchmark_finds_weights_in_bin_files(tmp_path, training_inputs):
     run = train(tmp_path, 1, *flags, *DDP, "--accumulation_steps", 1)
     assert run.returncode == 0, run.output[-3000:]
     assert "has no weights" not in run.output
+
+
+def test_rows_without_loss_are_reported(tmp_path, training_inputs):
+    """Earlier versions left such rows: the end of a document that was a token longer than a row."""
+    import datasets
+
+    rows = {"input_ids": [[2]] * 4, "labels": [[2]] * 4, "document_lengths": [[1]] * 4}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "data" / "part-00000"))
+    flags = ["--pretrained", training_inputs.model, "--dataset", tmp_path / "data", "--max_length", 96]
+    flags += [
+        "--eval_dataset",
+        tmp_path / "data",
+        *DDP,
+        "--max_steps",
+        2,
+        "--accumulation_steps",
+        2,
+        "--save_interval",
+        0,
+    ]
+    run = train(tmp_path, 1, *flags)
+    assert run.returncode == 0, run.output[-3000:]
+    assert run.output.count("no token of its rows has loss") == 1
+    assert "no token of it has loss; it has no evaluation loss" in run.output
+    assert "steps without loss" in run.output
+    metrics = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2
+    assert not any({"loss", "eval_loss"} & set(record) for record in metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,70 @@ def test_records_left_out_or_counted_twice(tmp_path: Path, capsys: pytest.Captur
     assert len(caught.value.problems) == 2
     assert "both a.jsonl and a.jsonl.gz" in caught.value.problems[0]
     assert f"{tmp_path}/g.jsonl: a link to nowhere, which is not there" in caught.value.problems[1]
+
+
+def write_tree(directory: Path, *names: str) -> None:
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(b"{}\n")
+
+
+def test_a_directory_below_that_holds_input(tmp_path: Path) -> None:
+    write_tree(tmp_path, "a.jsonl", "zh/deep/b.jsonl.gz", "zz.jsonl/c.jsonl", "docs/readme.txt")
+    for recursive, remedy in ((None, "of its own$"), (False, "of its own, or use --recursive$")):
+        message = (
+            rf"{tmp_path}: the directory zh/ in it holds input \(zh/deep/b\.jsonl\.gz\) .*1 more.*{remedy}"
+        )
+        with pytest.raises(UserError, match=message):
+            jsonl.find_input_files([tmp_path], recursive)
+
+
+def test_input_below_is_read_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the order of the paths; nothing twice, and everything else by name."""
+    write_tree(tmp_path, "in/b.jsonl", "in/a/z.jsonl", "in/a/c/y.jsonl", "in/a-b.jsonl", "in/a/c/n.txt")
+    write_tree(tmp_path, "in/.git/x.jsonl", "in/own/w.jsonl", "elsewhere/v.jsonl", "in/p.parquet")
+    write_tree(tmp_path, "in/out/jsonl/part-00000.jsonl", "in/out/stats.json")
+    (tmp_path / "in" / "e").mkdir()
+    (tmp_path / "in" / "empty.jsonl").touch()
+    os.mkfifo(tmp_path / "in" / "pipe.jsonl")
+    (tmp_path / "in" / "gone").symlink_to("nowhere")
+    (tmp_path / "in" / "l1").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "l2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "a" / "loop").symlink_to(tmp_path / "in" / "a")
+    found = jsonl.find_input_files([tmp_path / "in", tmp_path / "in" / "own"], True)
+    names = [[str(Path(file.path).relative_to(tmp_path / "in")) for file in files] for files in found]
+    assert names == [
+        ["a-b.jsonl", "a/c/y.jsonl", "a/z.jsonl", "b.jsonl", "empty.jsonl", "l1/v.jsonl"],
+        ["own/w.jsonl"],
+    ]
+    out, err = capsys.readouterr()
+    assert "p.parquet not read" in err
+    for named in (
+        ".git/ (hidden)",
+        "a/c/n.txt (not *.jsonl, *.jsonl.gz, *.jsonl.zst)",
+        "a/loop/ (the same directory as a/)",
+        "e/, empty.jsonl (empty)",
+        "gone (a link to nowhere, which is not there)",
+        "l2/ (the same directory as l1/)",
+        "out/ (output of a prepare script)",
+        "pipe.jsonl (not a regular file)",
+        "own/ (given as a directory of its own)",
+    ):
+        assert named in out
+    # Without the flag only what is not named as left out is an error.
+    for name in ("a", "l1", "l2"):
+        path = tmp_path / "in" / name
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    found = jsonl.find_input_files([tmp_path / "in", tmp_path / "in" / "own"], False)
+    assert [len(files) for files in found] == [3, 1]
+
+
+def test_packed_and_unpacked_below(tmp_path: Path) -> None:
+    write_tree(tmp_path, "a/x.jsonl", "b/x.jsonl.gz", "b/y.jsonl", "b/y.jsonl.gz")
+    with pytest.raises(UserError) as caught:
+        jsonl.find_input_files([tmp_path], True)
+    (problem,) = caught.value.problems
+    assert "both b/y.jsonl and b/y.jsonl.gz" in problem
 
 
 def test_zst_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from colossal_llama.dataset import node_check
 from colossal_llama.dataset.node_check import find_node_problems, make_node_check, remove_token_files
-from colossal_llama.dataset.storage import list_files
+from colossal_llama.dataset.storage import list_input
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def directories(tmp_path: Path) -> list[Path]:
 
 
 def test_this_machine_is_fit_and_nothing_stays_behind(directories: list[Path], tmp_path: Path) -> None:
-    files = list_files(tmp_path / "in", (".jsonl",))
+    files = list(list_input(tmp_path / "in", (".jsonl",)).files.values())
     with make_node_check(directories, files) as check:
         assert len(check.token_files) == 2
         assert 40 <= len(check.samples) <= node_check.MAX_SAMPLES
@@ -38,7 +38,7 @@ def test_what_is_wrong_is_said(
     directories: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_check, "SECONDS_TO_SEE_A_FILE", 0.2)
-    files = list_files(tmp_path / "in", (".jsonl",))
+    files = list(list_input(tmp_path / "in", (".jsonl",)).files.values())
     with make_node_check(directories, files) as check:
         other = dataclasses.replace(check, software={**check.software, "tokenizers": "0.1"})
         (problem,) = find_node_problems(other)

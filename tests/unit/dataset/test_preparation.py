@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from colossal_llama.dataset import bins, jsonl, preparation, shards
 from colossal_llama.dataset.bins import deal_documents
 from colossal_llama.dataset.conversation import find_special_tokens
+from colossal_llama.dataset.loader import Collator, PreparedDataset, find_part_directories
 from colossal_llama.dataset.preparation import Settings, prepare
 from colossal_llama.dataset.storage import stat_file
 from colossal_llama.dataset.tokenization import EncoderSpec
@@ -172,12 +173,28 @@ def test_the_accounts_balance(corpus: list[Path], run: Prepare, tmp_path: Path) 
     assert (
         stats["rows"]["tokens"] == sum(len(row["input_ids"]) for row in rows) == stats["total"]["tokens_out"]
     )
-    assert stats["rows"]["labels"] == sum(label != -100 for row in rows for label in row["labels"])
+    parts = find_part_directories([tmp_path / "out" / "arrow"])
+    data = PreparedDataset(parts, MAX_LENGTH, need_documents=True)
+    batch = Collator(data, 0, None, True, 1000)(list(range(len(data))))
+    assert stats["rows"]["labels"] == int((batch["labels"] != -100).sum())
     assert stats["rows"]["fill_without_last_rows"] > 0.98
     assert sum(stats["piece_lengths"]["counts"]) == stats["total"]["pieces"]
     text = json.dumps(stats)
     assert str(tmp_path) not in text
     assert "workers" not in text
+
+
+def test_no_row_is_without_loss(run: Prepare, tmp_path: Path, llama2_tokenizer_dir: Path) -> None:
+    """A document of a token more than a row holds once left a row of nothing but EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(llama2_tokenizer_dir)
+    text = sample_texts(1, seed=3)[0]
+    num_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 2
+    write_records(tmp_path / "in" / "x.jsonl", [{"source": "", "target": text, "category": "c"}] * 4)
+    stats = run([tmp_path / "in"], max_length=num_tokens - 1, splice=False)
+    rows = [row for part in read_rows(tmp_path / "out" / "arrow") for row in part]
+    assert sorted(len(row["labels"]) for row in rows) == [2] * 4 + [num_tokens - 2] * 4
+    assert stats["rows"]["labels"] == 4 * (num_tokens - 2)  # neither BOS nor a chunk's first token
+    assert stats["total"]["tokens_in"] == stats["total"]["tokens_out"] == 4 * num_tokens
 
 
 def test_jsonl_equals_arrow_and_the_layout_is_as_documented(

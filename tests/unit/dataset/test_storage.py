@@ -16,7 +16,7 @@ import pytest
 from support import ROOT, load_script
 
 from colossal_llama.dataset import jsonl, storage
-from colossal_llama.dataset.storage import InputFile, list_files, open_range, stat_file
+from colossal_llama.dataset.storage import InputFile, list_input, open_range, stat_file
 from colossal_llama.utils.errors import UserError
 
 LINES = [b'{"n": %d, "text": "%s"}\n' % (n, b"x" * (n * 37 % 5000)) for n in range(300)]
@@ -29,7 +29,7 @@ def memory_url() -> Iterator[str]:
     filesystem.pipe("/corpus/b.jsonl", jsonl.UTF8_BOM + b"".join(LINES))
     filesystem.pipe("/corpus/a.jsonl.gz", gzip.compress(b"".join(LINES)))
     filesystem.pipe("/corpus/notes.txt", b"no input")
-    filesystem.pipe("/corpus/below/c.jsonl", b"not read")
+    filesystem.pipe("/corpus/below/c.txt", b"not read")
     yield "memory://corpus"
     filesystem.rm("/corpus", recursive=True)
 
@@ -83,6 +83,43 @@ def test_files_behind_a_url(memory_url: str, monkeypatch: pytest.MonkeyPatch) ->
         lines = [line for s in shards if s.path == file.path for line in jsonl.read_lines(s)]
         assert lines == LINES
         assert file == stat_file(file.path)
+
+
+def test_directories_below_a_url(memory_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    jsonl.find_input_files([memory_url])
+    assert (
+        "corpus: left out: below/ (no input file in it); notes.txt (not *.jsonl," in capsys.readouterr().out
+    )
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe("/corpus/below/deep/d.jsonl", b"{}\n")
+    filesystem.pipe("/corpus/below/e.jsonl", b"")
+    message = r"memory://corpus: the directory below/ in it holds input \(below/deep/d\.jsonl\)"
+    with pytest.raises(UserError, match=message):
+        jsonl.find_input_files([memory_url], False)
+    (files,) = jsonl.find_input_files([memory_url], True)
+    assert [file.path.partition("corpus/")[2] for file in files] == [
+        "a.jsonl.gz",
+        "b.jsonl",
+        "below/deep/d.jsonl",
+        "below/e.jsonl",
+    ]
+    out = capsys.readouterr().out
+    assert (
+        "left out: below/c.txt, notes.txt (not *.jsonl, *.jsonl.gz, *.jsonl.zst); below/e.jsonl (empty)"
+        in out
+    )
+    both = jsonl.find_input_files([memory_url, f"{memory_url}/below/"], True)
+    assert [len(files) for files in both] == [2, 2]
+
+
+def test_directories_below_a_page(web_server: tuple[Path, str, type[RangeServer]]) -> None:
+    directory, url, _ = web_server
+    (directory / "below").mkdir()
+    (directory / "below" / "x.jsonl").write_bytes(b"{}\n")
+    with pytest.raises(UserError, match=r"the directory below/ in it holds input \(below/x\.jsonl\)"):
+        jsonl.find_input_files([url], False)
+    (files,) = jsonl.find_input_files([url], True)
+    assert [file.path for file in files] == [f"{url}/below/x.jsonl"]
 
 
 def test_a_remote_file_that_changes(memory_url: str) -> None:
@@ -143,7 +180,7 @@ def test_a_server_that_stops_answering(
 ) -> None:
     directory, url, _ = web_server
     (directory / "x.jsonl").write_bytes(b"".join(LINES))
-    size = list_files(url, (".jsonl",))[0].size
+    size = list_input(url, (".jsonl",)).files["x.jsonl"].size
     attempts = []
     monkeypatch.setattr("time.sleep", attempts.append)
     elsewhere = "http://127.0.0.1:1/x.jsonl"
@@ -192,7 +229,7 @@ def test_links_are_read_by_their_own_names(tmp_path: Path, monkeypatch: pytest.M
 
 def test_local_files(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b"abc")
-    (file,) = list_files(tmp_path, (".jsonl",))
+    (file,) = list_input(tmp_path, (".jsonl",)).files.values()
     assert file == InputFile(str(tmp_path / "x.jsonl"), 3, (tmp_path / "x.jsonl").stat().st_mtime_ns)
     with pytest.raises(UserError, match=r"y\.jsonl: no such file"):
         stat_file(str(tmp_path / "y.jsonl"))
@@ -217,3 +254,17 @@ def test_directories_and_urls_on_the_command_line(tmp_path: Path, capsys: pytest
         with pytest.raises(SystemExit):
             parse(text)
         assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["prepare_pretrain_dataset.py", "prepare_sft_dataset.py"])
+def test_output_below_an_input_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """With `--recursive` it would be input."""
+    parser = load_script(ROOT / name).build_parser()
+    flags = ["--data_input_dirs", str(tmp_path), "--tokenizer_dir", str(tmp_path)]
+    flags += ["--data_output_dirs", str(tmp_path / "a" / "out")]
+    assert not parser.parse_args(flags).recursive
+    with pytest.raises(SystemExit):
+        parser.parse_args([*flags, "--recursive"])
+    assert f"would write into the input directory {tmp_path}" in capsys.readouterr().err
