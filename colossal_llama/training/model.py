@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import nn
 
 from colossal_llama.model.newer_config import adopt_earlier_names
-from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
+from colossal_llama.tokenizer.tokenizer_files import check_settings
 from colossal_llama.training.attention import install_attention
 from colossal_llama.training.loss import next_token_loss_sum, plain_next_token_loss_sum
 from colossal_llama.training.neftune import EmbeddingNoise
 from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 LORA_ALPHA = 32
@@ -51,7 +52,7 @@ def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
 def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    refuse_newer_settings(path)
+    check_settings(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # of tokenizers and sentencepiece too, which have classes of their own
@@ -106,6 +107,19 @@ def freeze_all_but_embeddings(model: LlamaForCausalLM) -> None:
     model.get_output_embeddings().requires_grad_(True)
 
 
+def lora_config(rank: int) -> LoraConfig:
+    """Adapters on all attention and MLP projections."""
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=LORA_ALPHA,
+        lora_dropout=LORA_DROPOUT,
+        target_modules=LORA_TARGETS,
+    )
+
+
 def add_lora(model: LlamaForCausalLM, rank: int, adapter: Path | None, seed: int) -> nn.Module:
     """Wraps the model with LoRA on all attention and MLP projections: new adapters, or saved ones
     from `adapter`.
@@ -113,23 +127,13 @@ def add_lora(model: LlamaForCausalLM, rank: int, adapter: Path | None, seed: int
     Args:
         seed: of the new adapters, the same on every rank: each plugin takes its own rank's for granted.
     """
-    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     if adapter is not None:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: ranks keep dropout masks of their own
-        return get_peft_model(
-            model,
-            LoraConfig(
-                task_type=TaskType.CAUSAL_LM,
-                r=rank,
-                lora_alpha=LORA_ALPHA,
-                lora_dropout=LORA_DROPOUT,
-                target_modules=LORA_TARGETS,
-            ),
-            autocast_adapter_dtype=False,
-        )
+        return get_peft_model(model, lora_config(rank), autocast_adapter_dtype=False)
 
 
 def causal_lm_forward(
