@@ -28,7 +28,7 @@ def dry_run(args: argparse.Namespace) -> int:
     """Checks arguments, model configuration and data in one process, and prints the plan."""
     from colossal_llama.training.checkpoint_directories import resolve_checkpoint
     from colossal_llama.training.plan import check_layout, dry_run_world_size, format_plan, make_plan
-    from colossal_llama.training.setup import open_inputs, prepare_files
+    from colossal_llama.training.setup import find_adapter_base, open_inputs, prepare_files
     from colossal_llama.utils.console import log
 
     world_size = dry_run_world_size(args)
@@ -37,7 +37,10 @@ def dry_run(args: argparse.Namespace) -> int:
     if problems:
         raise UserError(problems)
     # The checksums of a checkpoint are left to the run: they take as long as reading all of it.
-    prepare_files(args, inputs, *resolve_checkpoint(args.load_checkpoint, args.save_dir, lambda _: None))
+    checkpoint, weights = resolve_checkpoint(args.load_checkpoint, args.save_dir, lambda _: None)
+    if checkpoint is not None:
+        weights = find_adapter_base(args, checkpoint)
+    prepare_files(args, inputs, checkpoint, weights)
     log(format_plan(make_plan(args, inputs.config, inputs.source, world_size), args))
     return 0
 

@@ -17,8 +17,8 @@ from colossal_llama.utils.files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Rows of a part that are looked at where the part does not say what ends its answers.
-ROWS_OF_A_PART = 256
+# Rows that are looked at, spread over the parts that do not say what ends their answers.
+MAX_ROWS = 4096
 # An answer may itself end with an ordinary added token ("</think>"); an end of turn follows every answer.
 ORDINARY_SHARE = 0.5
 
@@ -30,6 +30,7 @@ def find_answer_ends(data: PreparedDataset, tokenizer: PreTrainedTokenizerBase) 
     are found in the rows.
     """
     ends: set[int] = set()
+    unstated = []
     is_tuning = False
     for number, path in enumerate(data.paths):
         file = path / PREPARED_FILE
@@ -37,12 +38,15 @@ def find_answer_ends(data: PreparedDataset, tokenizer: PreTrainedTokenizerBase) 
         if prepared.get("kind") == "pretrain":
             continue
         is_tuning = True
-        stated = prepared.get(END_IDS_KEY)
-        if stated is None:
-            first, end = int(data.starts[number]), int(data.starts[number + 1])
-            rows = np.unique(np.linspace(first, end - 1, min(ROWS_OF_A_PART, end - first), dtype=np.int64))
-            stated = ends_of_spans([data[int(row)] for row in rows] if end > first else [], tokenizer)
-        ends.update(stated)
+        if END_IDS_KEY in prepared:
+            ends.update(prepared[END_IDS_KEY])
+        else:
+            unstated.append(number)
+    for number in unstated:
+        first, end = int(data.starts[number]), int(data.starts[number + 1])
+        num_rows = min(end - first, max(1, MAX_ROWS // len(unstated)))
+        rows = np.linspace(first, end - 1, num_rows, dtype=np.int64)
+        ends |= ends_of_spans([data[row] for row in rows.tolist()], tokenizer)
     return sorted(ends) if is_tuning else None
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from colossal_llama.dataset.answer_ends import ends_of_spans
+from colossal_llama.dataset.answer_ends import ends_of_spans, find_answer_ends
 from colossal_llama.dataset.loader import Row
 
 WORDS = {
@@ -74,3 +76,31 @@ def test_an_end_may_be_the_beginning_too() -> None:
 
 def test_no_rows() -> None:
     assert ends_of_spans([], make_tokenizer()) == set()
+
+
+class Parts(list):
+    """Rows of several parts, two a part."""
+
+    def __init__(self, paths: list[Path], rows: list[Row]) -> None:
+        super().__init__(rows)
+        self.paths, self.starts = paths, np.arange(len(paths) + 1) * 2
+
+
+@pytest.mark.parametrize(
+    ("prepared", "expected"),
+    [
+        ([{"kind": "pretrain"}, {"kind": "pretrain"}], None),
+        ([{"kind": "sft", "end_of_turn_ids": [5]}, {"kind": "pretrain"}], [5]),
+        ([{"kind": "sft", "end_of_turn_ids": [5]}, {"kind": "sft"}], [3, 5]),
+        ([{"kind": "sft"}, {"kind": "sft"}], [2, 3]),
+        ([None, {"kind": "pretrain"}], [2]),
+    ],
+)
+def test_parts_say_it_or_their_rows_do(tmp_path: Path, prepared: list, expected: list | None) -> None:
+    paths = [tmp_path / str(number) for number in range(len(prepared))]
+    for path, content in zip(paths, prepared, strict=True):
+        path.mkdir()
+        if content is not None:
+            (path / "prepared.json").write_text(json.dumps(content))
+    rows = [make_row([~1, 10, 2]), make_row([~1, 10, ~11]), make_row([~1, 10, 3]), make_row([~1, 10, 3])]
+    assert find_answer_ends(Parts(paths, rows), make_tokenizer()) == expected
