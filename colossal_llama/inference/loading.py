@@ -192,7 +192,9 @@ def _add_adapter_ends(model: Any, directory: Path) -> None:
     """An adapter that was trained on conversations says what ends an answer; its base model can't know."""
     if (directory / "generation_config.json").is_file():
         with loading_errors(f"--model_path {directory}"):
-            model.generation_config.eos_token_id = GenerationConfig.from_pretrained(directory).eos_token_id
+            ends = GenerationConfig.from_pretrained(directory).eos_token_id
+        if ends is not None:
+            model.generation_config.eos_token_id = ends
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: str) -> Any:

@@ -71,9 +71,8 @@ class SentencePieceSource:
         With `legacy` off, transformers' slow tokenizer encodes "<unk>" + text and cuts off the tokens of
         "<unk>": a piece that reaches from one into the other would lose text.
         """
-        torn = (
-            () if self.files.legacy else (self.files.special_token("unk_token", "<unk>")[-1:] + SPACE_SYMBOL,)
-        )
+        unknown = self.files.special_token("unk_token", "<unk>")
+        torn = () if self.files.legacy else (unknown[-1:] + SPACE_SYMBOL,)
         return PieceRules(SPACE_SYMBOL, self.reserved, torn)
 
     @property
