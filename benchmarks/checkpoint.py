@@ -80,6 +80,7 @@ def measure(args, directory: Path) -> None:
     from colossal_llama.training import setup
     from colossal_llama.training.checkpoint import CheckpointWriter
     from colossal_llama.training.model import load_tokenizer
+    from colossal_llama.training.model_files import prepare_model_files
     from colossal_llama.training.schedule import LearningRateSchedule
     from colossal_llama.training.state import TrainState
     from colossal_llama.training.strategy import Strategy
@@ -96,12 +97,20 @@ def measure(args, directory: Path) -> None:
     inputs = setup.open_inputs(train_args)
     strategy = Strategy(train_args)
     setup.boost_model(train_args, strategy, inputs, None, None)
+    files = prepare_model_files(
+        str(model_dir),
+        str(model_dir),
+        "--pretrained",
+        inputs.config,
+        strategy.parameter_dtype,
+        load_tokenizer(str(model_dir), False),
+    )
     schedule = LearningRateSchedule(train_args.lr, 1, 2000)
     state = TrainState()
     writer = CheckpointWriter(
         directory / "saves",
         strategy,
-        load_tokenizer(str(model_dir), False),
+        files,
         schedule,
         save_total_limit=1,
         settings={"layout": {}},

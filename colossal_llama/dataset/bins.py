@@ -38,6 +38,7 @@ from colossal_llama.utils.files import (
 )
 
 PREPARED_FORMAT = 1
+END_IDS_KEY = "end_of_turn_ids"  # of `prepared.json`
 ARROW_FILE = "data-00000-of-00001.arrow"
 BATCH_TOKENS = 1 << 20
 BATCH_ROWS = 1000
@@ -55,7 +56,8 @@ def part_name(index: int) -> str:
 class BinTask:
     """Pack and write one bin: pieces `first_piece` … `end_piece` of the plan. Paths are absolute.
 
-    `run_file` says which run owns the output: `run_id` is this one's.
+    `run_file` says which run owns the output: `run_id` is this one's. `end_of_turn_ids`: what ends an answer,
+    where that is known.
     """
 
     index: int
@@ -75,6 +77,7 @@ class BinTask:
     kind: str
     tokenizer_fingerprint: str
     vocab_size: int
+    end_of_turn_ids: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"bin {self.index} ({self.end_piece - self.first_piece:,} pieces)"
@@ -336,6 +339,7 @@ def _write_description(directory: Path, task: BinTask, counts: BinCounts, digest
             "max_length": task.max_length,
             "num_rows": counts.rows,
             "num_tokens": counts.tokens,
+            **({END_IDS_KEY: list(task.end_of_turn_ids)} if task.end_of_turn_ids else {}),
         },
     )
 

@@ -45,7 +45,7 @@ from colossal_llama.dataset.statistics import (
 from colossal_llama.dataset.tokenization import EncoderSpec, load_plain_backend
 from colossal_llama.dataset.workers import Workers, open_workers
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
-from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
+from colossal_llama.tokenizer.tokenizer_files import check_settings
 from colossal_llama.utils.console import log, progress_bar
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import locked_directory, naming, read_json, remove_path, write_json
@@ -126,7 +126,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a Hugging Face directory; `UserError` when there is none, or no BOS or EOS."""
     from transformers import AutoTokenizer
 
-    refuse_newer_settings(directory)
+    check_settings(directory)
     try:
         # Not left open: transformers would ask standard input whether to run the directory's code.
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -185,7 +185,7 @@ def prepare(
         run_id = _claim_output(settings, run_key)
         shard_tasks, summaries = _encode_shards(workers, shards, spec, settings)
         _check_bad_records(settings, shards, summaries)
-        stats = _write_bins(workers, shard_tasks, summaries, settings, info, run_key, run_id, facts)
+        stats = _write_bins(workers, shard_tasks, summaries, settings, info, run_key, run_id, facts, spec)
         picture = settings.data_output_dirs / "stats.png"
         with naming(picture):
             draw_lengths(stats, picture)
@@ -365,6 +365,7 @@ def _write_bins(
     run_key: str,
     run_id: str,
     facts: dict[str, Any],
+    spec: EncoderSpec,
 ) -> dict[str, Any]:
     """Deals the documents to bins, has them written, and returns the content of `stats.json`."""
     piece_lengths, num_pieces, strata = _collect_documents(shard_tasks)
@@ -400,6 +401,7 @@ def _write_bins(
             kind=facts["kind"],
             tokenizer_fingerprint=info.fingerprint,
             vocab_size=info.vocab_size,
+            end_of_turn_ids=spec.end_of_turn_ids,
         )
         for index in range(settings.num_bins)
     ]

@@ -59,6 +59,11 @@ class EncoderSpec:
     template: str = ""
     template_tokens: TemplateTokens = ()
 
+    @property
+    def end_of_turn_ids(self) -> tuple[int, ...]:
+        """What ends an answer; a template of the tokenizer's own shows it in its rows alone."""
+        return (self.end_id,) if self.kind == "sft" else ()
+
     def as_key(self) -> dict[str, Any]:
         """What the encoding depends on: a tokenizer's content, wherever it is."""
         return {**asdict(self), "tokenizer_json": Path(self.tokenizer_json).name}

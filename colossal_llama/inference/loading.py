@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import find_adapter_config_file
 
 from colossal_llama.inference.arguments import model_name
 from colossal_llama.model.newer_config import adopt_earlier_names
-from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
+from colossal_llama.tokenizer.tokenizer_files import check_settings
 from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def load_model(
     _refuse_incomplete(where, report["missing_keys"])
     if adapter_config is not None:
         model = _merge_adapter(model, name)
+        _add_adapter_ends(model, Path(adapter_config).parent)
     with loading_errors(f"--device {device_name}: {name}"):
         model.to(device)
     tokenizer = load_tokenizer(tokenizer_name, name, base, trust_remote_code)
@@ -135,7 +136,7 @@ def load_tokenizer(
         flag = "--model_path"
         has_own = not Path(model).is_dir() or (Path(model) / "tokenizer_config.json").is_file()
         name = model if has_own else base
-    refuse_newer_settings(name)
+    check_settings(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust library has no exception types of its own
@@ -185,6 +186,15 @@ def _find_base_model(adapter: str, config_file: Path) -> str:
     except ValueError as error:
         problem = f"base model {base}: {error}"
     raise UserError(f"--model_path {adapter}: {config_file}: {problem}; set base_model_name_or_path in it")
+
+
+def _add_adapter_ends(model: Any, directory: Path) -> None:
+    """An adapter that was trained on conversations says what ends an answer; its base model can't know."""
+    if (directory / "generation_config.json").is_file():
+        with loading_errors(f"--model_path {directory}"):
+            ends = GenerationConfig.from_pretrained(directory).eos_token_id
+        if ends is not None:
+            model.generation_config.eos_token_id = ends
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: str) -> Any:

@@ -178,14 +178,20 @@ def _refuse_full_disk(target: Path, needed: int) -> None:
 
 def _copy_small_files(args: argparse.Namespace) -> None:
     from colossal_llama.tokenizer.extension import REPORT_FILE
-    from colossal_llama.tokenizer.tokenizer_files import TOKENIZER_FILES
+    from colossal_llama.tokenizer.tokenizer_files import list_tokenizer_files, read_tokenizer_contents
+    from colossal_llama.utils.files import naming
 
-    target = args.target_model_path
-    if not target.samefile(args.target_tokenizer_path):
-        for name in (*TOKENIZER_FILES, REPORT_FILE):
+    target, tokenizer = args.target_model_path, args.target_tokenizer_path
+    if not target.samefile(tokenizer):
+        contents = read_tokenizer_contents(tokenizer)
+        if (tokenizer / REPORT_FILE).exists():
+            contents[REPORT_FILE] = (tokenizer / REPORT_FILE).read_bytes()
+        for name in (*list_tokenizer_files(target), REPORT_FILE):
             (target / name).unlink(missing_ok=True)
-            if (args.target_tokenizer_path / name).exists():
-                shutil.copyfile(args.target_tokenizer_path / name, target / name)
+        for name, content in contents.items():
+            with naming(target / name):
+                (target / name).parent.mkdir(exist_ok=True)
+                (target / name).write_bytes(content)
     generation = args.source_model_and_tokenizer_path / GENERATION_CONFIG_FILE
     if generation.exists():
         shutil.copyfile(generation, target / GENERATION_CONFIG_FILE)

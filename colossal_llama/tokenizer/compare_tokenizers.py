@@ -54,9 +54,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a directory; special-token strings in texts are plain text to it."""
     from transformers import AutoTokenizer
 
-    from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
+    from colossal_llama.tokenizer.tokenizer_files import check_settings
 
-    refuse_newer_settings(directory)
+    check_settings(directory)
     try:
         # Not left open: transformers would ask standard input whether to run the directory's code.
         return AutoTokenizer.from_pretrained(directory, split_special_tokens=True, trust_remote_code=False)

@@ -86,14 +86,19 @@ def write_tokenizer(
     import orjson
 
     from colossal_llama.tokenizer.output_directory import place_files
-    from colossal_llama.tokenizer.tokenizer_files import SETTINGS_FILES, TOKENIZER_FILES
+    from colossal_llama.tokenizer.tokenizer_files import (
+        CODE_FILES,
+        SETTINGS_FILES,
+        list_tokenizer_files,
+        read_tokenizer_contents,
+    )
 
-    source = args.source_tokenizer_dir
-    contents = {name: (source / name).read_bytes() for name in SETTINGS_FILES if (source / name).exists()}
+    target = args.target_tokenizer_dir
+    contents = read_tokenizer_contents(args.source_tokenizer_dir, (*SETTINGS_FILES, *CODE_FILES))
     report = extension.report(args.unreachable)
     contents[REPORT_FILE] = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     contents |= vocabulary_files
-    place_files(args.target_tokenizer_dir, contents, owned=[REPORT_FILE, *TOKENIZER_FILES])
+    place_files(target, contents, owned=[REPORT_FILE, *list_tokenizer_files(target)])
 
 
 def summarise(args: argparse.Namespace, extension: VocabularyExtension) -> None:

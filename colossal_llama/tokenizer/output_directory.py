@@ -37,7 +37,8 @@ def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[
     that until the end it can't be loaded.
 
     Args:
-        contents: file name -> bytes; the last ones are those without which nothing can be loaded.
+        contents: file name, or `directory/name` -> bytes; the last ones are those without which nothing can
+            be loaded.
         owned: names that this program may remove from the directory: an earlier run's leftovers.
     """
     directory = directory.resolve()
@@ -48,6 +49,7 @@ def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[
     aside.mkdir()
     try:
         for name, content in contents.items():
+            (aside / name).parent.mkdir(exist_ok=True)
             with naming(directory / name), open(aside / name, "wb") as file:
                 file.write(content)
                 file.flush()
@@ -59,6 +61,7 @@ def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[
             for name in reversed([*owned, *contents]):
                 (directory / name).unlink(missing_ok=True)
             for name in contents:
+                (directory / name).parent.mkdir(exist_ok=True)
                 os.replace(aside / name, directory / name)
             sync_directory(directory)
         sync_directory(directory.parent)

@@ -71,14 +71,9 @@ class SentencePieceSource:
         With `legacy` off, transformers' slow tokenizer encodes "<unk>" + text and cuts off the tokens of
         "<unk>": a piece that reaches from one into the other would lose text.
         """
-        torn = () if self.legacy else (self.files.special_token("unk_token", "<unk>")[-1:] + SPACE_SYMBOL,)
+        unknown = self.files.special_token("unk_token", "<unk>")
+        torn = () if self.files.legacy else (unknown[-1:] + SPACE_SYMBOL,)
         return PieceRules(SPACE_SYMBOL, self.reserved, torn)
-
-    @property
-    def legacy(self) -> bool:
-        """transformers' `legacy`: on when the configuration does not say."""
-        legacy = self.files.config.get("legacy")
-        return True if legacy is None else bool(legacy)
 
     @property
     def skips_prefix_before_spaces(self) -> bool:
@@ -89,7 +84,7 @@ class SentencePieceSource:
         fast = self.files.fast or {}
         pre_tokenizer = fast.get("pre_tokenizer") or {}
         return (
-            not self.legacy
+            not self.files.legacy
             and not fast.get("normalizer")
             and pre_tokenizer.get("type") == "Metaspace"
             and pre_tokenizer.get("prepend_scheme") == "first"
@@ -107,29 +102,21 @@ class SentencePieceSource:
         They understand `null` differently. With `true`, transformers makes a fast one that leaves the prefix
         out before a space (see `skips_prefix_before_spaces`).
         """
-        if self.legacy or "add_prefix_space" not in self.files.config:
+        if self.files.legacy or "add_prefix_space" not in self.files.config:
             return False
         stated = self.files.config["add_prefix_space"]
-        return self._fast_puts_prefix() if stated is None else bool(stated)
-
-    def _fast_puts_prefix(self) -> bool:
-        fast = self.files.fast or {}
-        normalizer, pre_tokenizer = fast.get("normalizer") or {}, fast.get("pre_tokenizer") or {}
-        steps = normalizer.get("normalizers", [normalizer])
-        return pre_tokenizer.get("prepend_scheme", "never") != "never" or any(
-            step.get("type") == "Prepend" for step in steps
-        )
+        return self.files.has_harmful_null_prefix if stated is None else bool(stated)
 
     def _prefix_problems(self) -> list[str]:
         """That one of slow and fast tokenizer puts a space before every text, and the other does not."""
         if self.has_ambiguous_prefix:
             return []
         stated = self.files.config.get("add_prefix_space", True)
-        slow = self.proto.normalizer_spec.add_dummy_prefix if self.legacy else bool(stated)
+        slow = self.proto.normalizer_spec.add_dummy_prefix if self.files.legacy else bool(stated)
         if self.is_made_from_slow:
             fast = bool(stated)
         else:
-            fast = slow if self.files.fast is None else self._fast_puts_prefix()
+            fast = slow if self.files.fast is None else self.files.fast_puts_prefix
         if slow == fast:
             return []
         first, second = ("slow", "fast") if slow else ("fast", "slow")
@@ -250,9 +237,7 @@ def sentencepiece_files(source: SentencePieceSource, extension: VocabularyExtens
     proto = _extended_proto(source, new_pieces)
     files = {SENTENCEPIECE_FILE: proto.SerializeToString(), FAST_FILE: _fast_tokenizer(source, proto)}
     if source.has_ambiguous_prefix:
-        config = {key: value for key, value in source.files.config.items() if key != "add_prefix_space"}
-        # Not by orjson: transformers' "no limit" of `model_max_length` has more than 64 bits.
-        files[CONFIG_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        files[CONFIG_FILE] = source.files.config_without_prefix_setting()
     return files
 
 
@@ -392,7 +377,7 @@ def _new_fast_tokenizer(source: SentencePieceSource) -> dict[str, Any]:
     tokenizer = Tokenizer(
         models.BPE(unk_token=source.proto.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=True)
     )
-    if source.legacy:
+    if source.files.legacy:
         steps = [normalizers.Replace(" ", SPACE_SYMBOL)]
         if source.proto.normalizer_spec.add_dummy_prefix:
             steps.insert(0, normalizers.Prepend(SPACE_SYMBOL))
@@ -406,7 +391,7 @@ def _new_fast_tokenizer(source: SentencePieceSource) -> dict[str, Any]:
         decoding.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(decoding)
     fast = orjson.loads(tokenizer.to_str())
-    if not source.legacy and add_prefix_space:
+    if not source.files.legacy and add_prefix_space:
         fast["normalizer"] = _prefix_before_spaces()
     fast["added_tokens"] = _added_token_entries(source)
     fast["post_processor"] = _post_processor(source)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from colossal_llama.utils.console import warn
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json
 
@@ -15,15 +17,27 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-# Copied as they are when a tokenizer is extended.
+# Names and patterns of a tokenizer's files. Settings are copied as they are when a tokenizer is extended.
 SETTINGS_FILES = (
     CONFIG_FILE,
     SPECIAL_TOKENS_FILE,
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
-TOKENIZER_FILES = (*SETTINGS_FILES, SENTENCEPIECE_FILE, FAST_FILE)
+# Of tokenizers whose class comes with them. Never removed: a user's own programs are named like them.
+CODE_FILES = ("*.py",)
+# "tokenizer.*.json" is for other versions of transformers; the last two are GPT-2's form of a vocabulary.
+TOKENIZER_FILES = (
+    *SETTINGS_FILES,
+    SENTENCEPIECE_FILE,
+    FAST_FILE,
+    "tokenizer.*.json",
+    "vocab.json",
+    "merges.txt",
+)
+PREFIX_SETTING = "add_prefix_space"
 
 # transformers gives ids to special tokens that have none in this order (SpecialTokensMixin).
 _SPECIAL_TOKEN_NAMES = (
@@ -71,6 +85,43 @@ class TokenizerFiles:
     def sentencepiece(self) -> Any:
         """`tokenizer.model` as a sentencepiece `ModelProto`."""
         return parse_sentencepiece(self.directory / SENTENCEPIECE_FILE)
+
+    @property
+    def legacy(self) -> bool:
+        """transformers' `legacy`: on when the configuration does not say."""
+        legacy = self.config.get("legacy")
+        return True if legacy is None else bool(legacy)
+
+    @property
+    def fast_puts_prefix(self) -> bool:
+        """Whether `tokenizer.json` puts a space before every text, or before those that start with none."""
+        fast = self.fast or {}
+        normalizer, pre_tokenizer = fast.get("normalizer") or {}, fast.get("pre_tokenizer") or {}
+        steps = normalizer.get("normalizers", [normalizer])
+        return pre_tokenizer.get("prepend_scheme", "never") != "never" or any(
+            step.get("type") == "Prepend" for step in steps
+        )
+
+    @property
+    def has_harmful_null_prefix(self) -> bool:
+        """Whether `"add_prefix_space": null` is stated, on which slow and fast tokenizer disagree.
+
+        transformers' `save_pretrained` writes it, and with it earlier versions of this suite wrote it into
+        every trained LLaMA-2: no setting to the fast tokenizer, "no prefix" to the slow one.
+        """
+        return (
+            self.is_sentencepiece
+            and PREFIX_SETTING in self.config
+            and self.config[PREFIX_SETTING] is None
+            and not self.legacy
+            and self.fast_puts_prefix
+        )
+
+    def config_without_prefix_setting(self) -> bytes:
+        """`tokenizer_config.json` without `add_prefix_space`, all else as it is."""
+        config = {key: value for key, value in self.config.items() if key != PREFIX_SETTING}
+        # Not by orjson: transformers' "no limit" of `model_max_length` has more than 64 bits.
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
     def added_tokens(self, vocabulary: Mapping[str, int]) -> dict[str, int]:
         """Every added token, special or not -> its id, the way transformers finds them.
@@ -167,37 +218,76 @@ def read_tokenizer_files(directory: Path, flag: str) -> TokenizerFiles:
         missing.insert(0, f"{SENTENCEPIECE_FILE} (LLaMA-2) or {FAST_FILE} (LLaMA-3)")
     if missing:
         raise UserError(f"{flag} {directory}: not a tokenizer directory, {' and '.join(missing)} missing")
+    files = _open(directory)
+    _refuse_newer_settings(files)
+    return files
+
+
+def _open(directory: Path) -> TokenizerFiles:
     contents = []
     for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
         path = directory / name
-        content = read_json(path) if path.exists() else {}
+        content = read_json(path) if path.is_file() else {}
         if not isinstance(content, dict):
             raise UserError(f"{path}: not a JSON object")
         contents.append(content)
-    refuse_newer_settings(directory)
     return TokenizerFiles(directory, *contents)
 
 
-def refuse_newer_settings(directory: str | Path) -> None:
-    """Does nothing where `directory` is none, but the name of something on the hub for instance.
+def check_settings(directory: str | Path) -> None:
+    """What every program asks before transformers loads a tokenizer.
+
+    Warns of a setting on which slow and fast tokenizer disagree (see `has_harmful_null_prefix`). Does nothing
+    where `directory` is none, but the name of something on the hub for instance.
 
     Raises:
         UserError: it holds a tokenizer with settings that transformers 4 can't load.
     """
-    path = Path(directory) / CONFIG_FILE
-    config = read_json(path) if path.is_file() else {}
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    problems = []
-    if config.get("tokenizer_class") == "TokenizersBackend":
+    if not (Path(directory) / CONFIG_FILE).is_file():
+        return
+    files = _open(Path(directory))
+    _refuse_newer_settings(files)
+    if files.has_harmful_null_prefix:
+        warn(
+            f'{files.directory / CONFIG_FILE}: "{PREFIX_SETTING}": null makes transformers\' slow tokenizer '
+            "encode every text otherwise than the fast one, which is used here (earlier versions of this "
+            "suite wrote it); remove this setting, as training and init_tokenizer.py do in what they write"
+        )
+
+
+def _refuse_newer_settings(files: TokenizerFiles) -> None:
+    path, problems = files.directory / CONFIG_FILE, []
+    if files.config.get("tokenizer_class") == "TokenizersBackend":
         problems.append(f"{path}: only transformers 5 knows TokenizersBackend; write PreTrainedTokenizerFast")
-    if isinstance(config.get("extra_special_tokens"), list):
+    if isinstance(files.config.get("extra_special_tokens"), list):
         problems.append(
             f"{path}: only transformers 5 takes a list of extra_special_tokens; call it "
             "additional_special_tokens"
         )
     if problems:
         raise UserError(problems)
+
+
+def list_tokenizer_files(directory: Path, patterns: Sequence[str] = TOKENIZER_FILES) -> list[str]:
+    """Names of the files that match, relative to the directory, sorted."""
+    found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(directory).as_posix() for path in found)
+
+
+def read_tokenizer_contents(
+    directory: Path, patterns: Sequence[str] = (*TOKENIZER_FILES, *CODE_FILES)
+) -> dict[str, bytes]:
+    """Everything that a tokenizer is, to be written elsewhere: name -> bytes.
+
+    Byte for byte, because what `save_pretrained` writes loads as another tokenizer. Only a setting that an
+    earlier `save_pretrained` spoilt is taken out again (see `has_harmful_null_prefix`).
+    """
+    contents = {name: (directory / name).read_bytes() for name in list_tokenizer_files(directory, patterns)}
+    if CONFIG_FILE in contents:
+        files = _open(directory)
+        if files.has_harmful_null_prefix:
+            contents[CONFIG_FILE] = files.config_without_prefix_setting()
+    return contents
 
 
 def parse_sentencepiece(path: Path) -> Any:

@@ -38,6 +38,7 @@ from colossal_llama.training.model import is_embedding
 from colossal_llama.training.modeling_files import (
     MODELING_DIRECTORY,
     add_modeling,
+    add_small_files,
     name_weight_files,
     usual_weight_names,
 )
@@ -53,6 +54,8 @@ from colossal_llama.training.saving import (
     CopyBuffers,
     FilePlan,
     Listing,
+    SaveError,
+    is_disk_error,
     list_files,
 )
 from colossal_llama.training.schedule import LearningRateSchedule
@@ -62,8 +65,7 @@ from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json, sync_directory, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+    from colossal_llama.training.model_files import ModelFiles
     from colossal_llama.training.strategy import Strategy
 
 SCHEDULE_FILE = "lr_scheduler"
@@ -108,6 +110,7 @@ class CheckpointWriter:
     by each for itself.
 
     Args:
+        files: what is saved beside the weights; the main process needs them.
         save_total_limit: newest checkpoints to keep; 0 keeps all.
         settings: what a resumed run compares: arguments, layout, data fingerprint, versions.
         in_background: write while training goes on, where the memory for a copy is there.
@@ -117,13 +120,13 @@ class CheckpointWriter:
         self,
         save_dir: Path,
         strategy: Strategy,
-        tokenizer: PreTrainedTokenizerBase,
+        files: ModelFiles | None,
         schedule: LearningRateSchedule,
         save_total_limit: int,
         settings: dict[str, Any],
         in_background: bool,
     ) -> None:
-        self.save_dir, self.strategy, self.tokenizer = save_dir, strategy, tokenizer
+        self.save_dir, self.strategy, self.files = save_dir, strategy, files
         self.schedule, self.save_total_limit, self.settings = schedule, save_total_limit, settings
         self.is_main = dist.get_rank() == 0
         self.is_gemini = strategy.args.plugin in GEMINI_PLUGINS
@@ -164,10 +167,10 @@ class CheckpointWriter:
 
         def collect() -> None:
             if self.is_gemini:
-                self._write_gemini(aside)
+                self._write_gemini(aside, plan)
             else:
                 add_optimizer(plan, self.strategy)
-                add_modeling(plan, self.strategy, self.tokenizer, self.is_main, MODELING_DIRECTORY)
+                add_modeling(plan, self.strategy, self.files, self.is_main, MODELING_DIRECTORY)
             plan.add_bytes(f"{_RNG_DIRECTORY}/rank-{dist.get_rank():05d}.pt", random_state())
             if self.is_main:
                 schedule = {**self.schedule.__dict__, "step": state.step}
@@ -234,21 +237,18 @@ class CheckpointWriter:
         self._remove_old(keep=pending.target)
         return sum(size for size, _ in listing.values())
 
-    def _write_gemini(self, aside: Path) -> None:
+    def _write_gemini(self, aside: Path, plan: FilePlan) -> None:
         booster, strategy = self.strategy.booster, self.strategy
         booster.save_optimizer(strategy.optimizer, str(aside / OPTIMIZER_DIRECTORY), shard=True)
-        self._write_gemini_model(aside / MODELING_DIRECTORY)
+        self._write_gemini_model(aside / MODELING_DIRECTORY, plan, f"{MODELING_DIRECTORY}/")
 
-    def _write_gemini_model(self, directory: Path) -> None:
+    def _write_gemini_model(self, directory: Path, plan: FilePlan, prefix: str) -> None:
         self.strategy.booster.save_model(
             self.strategy.model, str(directory), shard=True, size_per_shard=5 * 1024, use_safetensors=True
         )
         if self.is_main:
-            config = self.strategy.causal_lm.config
-            config.torch_dtype, config.architectures = self.strategy.parameter_dtype, ["LlamaForCausalLM"]
-            config.save_pretrained(directory)
-            self.strategy.causal_lm.generation_config.save_pretrained(directory)
-            self.tokenizer.save_pretrained(directory)
+            assert self.files is not None
+            add_small_files(plan, self.files.beside_weights, prefix)
 
     def _copy_fits(self) -> bool:
         """Whether all processes of all hosts have the memory for a copy of what they will write.
@@ -299,15 +299,15 @@ class CheckpointWriter:
         """Runs `action` on every rank, or on the main one; returns the results of all (of the main one).
 
         Raises:
-            OSError: the same on all ranks, when it failed on any; what was half written is removed.
+            SaveError: the same on all ranks, when it failed on any; what was half written is removed.
         """
         result = failure = None
         if self.is_main or not main_only:
             try:
                 result = action()
-            except (OSError, RuntimeError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                failure = f"{getattr(error, 'filename', None) or aside}: {reason}"
+            except Exception as error:  # the other ranks wait for this one's answer
+                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                failure = (f"{getattr(error, 'filename', None) or aside}: {reason}", is_disk_error(error))
         if main_only:
             answers: list[Any] = [(result, failure)]
             dist.broadcast_object_list(answers, src=0)
@@ -319,7 +319,8 @@ class CheckpointWriter:
             if self.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             dist.barrier()
-            raise OSError(f"checkpoint not saved: {failures[0]}")
+            text, is_disk = failures[0]
+            raise SaveError(f"checkpoint not saved: {text}", is_disk)
         return [result for result, _ in answers]
 
     def save_final_modeling(self) -> Path:
@@ -332,11 +333,11 @@ class CheckpointWriter:
             aside.mkdir(parents=True)
 
         def write() -> dict[str, tuple[str, int]]:
-            if self.is_gemini:
-                self._write_gemini_model(aside)
-                return {}
             plan = FilePlan(aside, None)
-            add_modeling(plan, self.strategy, self.tokenizer, self.is_main)
+            if self.is_gemini:
+                self._write_gemini_model(aside, plan, "")
+            else:
+                add_modeling(plan, self.strategy, self.files, self.is_main)
             plan.run()
             return plan.location
 

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import nn
 
 from colossal_llama.model.newer_config import adopt_earlier_names
-from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
+from colossal_llama.tokenizer.tokenizer_files import check_settings
 from colossal_llama.training.attention import install_attention
 from colossal_llama.training.loss import next_token_loss_sum, plain_next_token_loss_sum
 from colossal_llama.training.neftune import EmbeddingNoise
 from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 LORA_ALPHA = 32
@@ -51,7 +52,7 @@ def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
 def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    refuse_newer_settings(path)
+    check_settings(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # of tokenizers and sentencepiece too, which have classes of their own
@@ -115,6 +116,19 @@ def is_embedding(name: str) -> bool:
     return name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
+def lora_config(rank: int) -> LoraConfig:
+    """Adapters on all attention and MLP projections."""
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=LORA_ALPHA,
+        lora_dropout=LORA_DROPOUT,
+        target_modules=LORA_TARGETS,
+    )
+
+
 def add_lora(
     model: LlamaForCausalLM, rank: int, adapter: Path | None, seed: int, train_embeddings: bool = False
 ) -> nn.Module:
@@ -126,7 +140,7 @@ def add_lora(
         train_embeddings: trains the model's own embeddings too. peft's `modules_to_save` would train copies
             of them, which untie tied ones and which the plugins can't handle.
     """
-    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     if adapter is not None:
         # Embeddings among its tensors go into the model's own. peft would read them onto a GPU first.
@@ -134,17 +148,10 @@ def add_lora(
             model, adapter, is_trainable=True, autocast_adapter_dtype=False, torch_device="cpu"
         )
     else:
-        config = LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=rank,
-            lora_alpha=LORA_ALPHA,
-            lora_dropout=LORA_DROPOUT,
-            target_modules=LORA_TARGETS,
-        )
         with torch.random.fork_rng(devices=[]):
             # The CPU's alone: ranks keep dropout masks of their own.
             torch.default_generator.manual_seed(seed)
-            wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+            wrapped = get_peft_model(model, lora_config(rank), autocast_adapter_dtype=False)
     base = model.name_or_path
     if base and Path(base).is_dir():
         base = str(Path(base).absolute())  # a relative path would lead nowhere from another directory

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,9 @@ from colossal_llama.training.saving import FilePlan, Listing, list_files
 from colossal_llama.utils.files import write_json
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerBase
+    from transformers import LlamaConfig
 
+    from colossal_llama.training.model_files import ModelFiles
     from colossal_llama.training.strategy import Strategy
 
 MODELING_DIRECTORY = "modeling"
@@ -29,13 +29,14 @@ MIN_FILE_BYTES = 512 * 1024**2
 def add_modeling(
     plan: FilePlan,
     strategy: Strategy,
-    tokenizer: PreTrainedTokenizerBase,
+    files: ModelFiles | None,
     is_main: bool,
     subdirectory: str = "",
 ) -> None:
     """Adds a complete Hugging Face model directory; every rank must call it.
 
     Args:
+        files: everything beside the weights; the main process needs them.
         subdirectory: below the plan's directory; "" for that directory itself.
     """
     prefix = f"{subdirectory}/" if subdirectory else ""
@@ -48,22 +49,15 @@ def add_modeling(
             _add_merged(plan, strategy, prefix)
     else:
         _add_weights(plan, strategy, prefix)
-    if not is_main:
-        return
-    # Copies: training goes on with the originals.
-    config = copy.deepcopy(strategy.causal_lm.config)
-    config.torch_dtype = strategy.parameter_dtype
-    config.architectures = ["LlamaForCausalLM"]
-    config.use_cache = True
-    generation_config = strategy.causal_lm.generation_config
+    if is_main:
+        assert files is not None
+        add_small_files(plan, files.beside_adapter if is_adapter else files.beside_weights, prefix)
 
-    def write_small_files(directory: Path) -> None:
-        if not is_adapter:
-            config.save_pretrained(directory)
-            generation_config.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
 
-    plan.add_library_files(subdirectory, write_small_files)
+def add_small_files(plan: FilePlan, contents: Mapping[str, bytes], prefix: str) -> None:
+    """Adds what `prepare_model_files` made."""
+    for name, content in contents.items():
+        plan.add_bytes(prefix + name, content)
 
 
 def _add_adapter(plan: FilePlan, strategy: Strategy, subdirectory: str) -> None:

@@ -21,8 +21,38 @@ import xxhash
 
 from colossal_llama.model.weight_files import CHUNK_BYTES, TensorInfo, dtype_name, write_header
 
+# In the errors of safetensors (Rust's words) and of torch.save.
+_SIGNS_OF_A_DISK = ("os error", "Os {", "StorageFull", "No space left", "I/O error", "PytorchStreamWriter")
+
 # (bytes, XXH3 checksum) by path below the checkpoint. XXH3 is several times as fast as any disk.
 Listing = dict[str, tuple[int, str]]
+
+
+class SaveError(OSError):
+    """A save failed, on any rank.
+
+    Attributes:
+        is_disk: the machine refused to write (a full disk, a missing permission); else it is a library, or
+            this program, and no room on the disk will help.
+    """
+
+    def __init__(self, message: str, is_disk: bool) -> None:
+        super().__init__(message)
+        self.is_disk = is_disk
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the operating system refused a write; libraries wrap that in errors of their own.
+
+    >>> is_disk_error(OSError(28, "No space left on device"))
+    True
+    >>> is_disk_error(ValueError("the configuration is invalid"))
+    False
+    """
+    cause = error.__cause__ if error.__cause__ is not None else error
+    if isinstance(cause, OSError):
+        return cause.errno is not None
+    return any(sign in str(cause) for sign in _SIGNS_OF_A_DISK)
 
 
 class CheckedFile:
@@ -145,7 +175,10 @@ class FilePlan:
 
     def add_bytes(self, name: str, content: bytes) -> None:
         def write() -> Listing:
-            with CheckedFile(self.directory / name) as file:
+            path = self.directory / name
+            if "/" in name:
+                path.parent.mkdir(exist_ok=True)
+            with CheckedFile(path) as file:
                 file.write(content)
             return {name: (file.num_bytes, file.checksum)}
 
@@ -167,15 +200,20 @@ class FilePlan:
         self._jobs.append(write)
 
     def run(self) -> Listing:
-        """Writes everything; raises OSError that names the file."""
+        """Writes everything.
+
+        Raises:
+            OSError: names the file; what a library raised is its cause, and in its text with its type.
+        """
         listing: Listing = {}
         for job in self._jobs:
             try:
                 listing.update(job())
             except OSError:
                 raise
-            except Exception as error:  # libraries wrap a full disk in errors of their own
-                raise OSError(None, str(error) or type(error).__name__, str(self.directory)) from error
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                raise OSError(None, text, str(self.directory)) from error
         self._jobs.clear()
         return listing
 

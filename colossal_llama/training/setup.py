@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colossal_llama.dataset.answer_ends import find_answer_ends
 from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_directories
 from colossal_llama.tokenizer.extension import REPORT_FILE
@@ -37,8 +38,10 @@ from colossal_llama.training.model import (
     load_tokenizer,
     random_causal_lm,
 )
+from colossal_llama.training.model_files import ModelFiles, prepare_model_files
 from colossal_llama.training.modeling_files import ADAPTER_DIRECTORY
 from colossal_llama.training.neftune import EmbeddingNoise
+from colossal_llama.training.strategy import parameter_dtype
 from colossal_llama.training.throughput import ThroughputMeter
 from colossal_llama.utils import quiet
 from colossal_llama.utils.console import log, warn
@@ -382,26 +385,93 @@ def keep_warm_up(args: argparse.Namespace, checkpoint: Path, plan: TrainingPlan)
     plan.schedule = replace(plan.schedule, warmup_steps=round(warmup_steps * before / plan.rows_per_step))
 
 
+def prepare_files(
+    args: argparse.Namespace, inputs: Inputs, checkpoint: Path | None, stage_weights: Path | None
+) -> ModelFiles | None:
+    """What saves write beside the weights, made and tried out by this process.
+
+    Raises:
+        UserError: something of it could not be saved.
+    """
+    if args.benchmark:
+        return None
+    weights, flag = find_weights(args, checkpoint, stage_weights)
+    ends = find_answer_ends(inputs.source, inputs.tokenizer)
+    if ends == []:
+        warn(
+            "--dataset: no token of the tokenizer's own ends its answers, so nothing will end those of the "
+            "model; let the chat template write its end of turn inside what has loss"
+        )
+    files = prepare_model_files(
+        args.pretrained,
+        weights,
+        flag,
+        inputs.config,
+        parameter_dtype(args),
+        inputs.tokenizer,
+        ends,
+        args.lora_rank,
+        args.trust_remote_code,
+    )
+    for note in files.notes:
+        warn(note)
+    return files
+
+
+def prepare_files_together(
+    args: argparse.Namespace, inputs: Inputs, checkpoint: Path | None, stage_weights: Path | None
+) -> ModelFiles | None:
+    """`prepare_files` on rank 0, the only one that returns any; the others hear whether that went well."""
+    import torch.distributed as dist
+
+    files, problems = None, [None]
+    if is_main_process():
+        try:
+            files = prepare_files(args, inputs, checkpoint, stage_weights)
+        except UserError as error:
+            problems = [error.problems]
+        except Exception as error:  # the others wait
+            reason = f"{type(error).__name__}: {error}"
+            problems = [[f"--pretrained {args.pretrained}: saving it was tried out, and failed ({reason})"]]
+    dist.broadcast_object_list(problems, src=0)
+    if problems[0]:
+        raise UserError(problems[0])
+    return files
+
+
+def find_weights(
+    args: argparse.Namespace, checkpoint: Path | None, stage_weights: Path | None
+) -> tuple[str, str]:
+    """Where the weights to train are, and the flag that says so."""
+    if checkpoint is not None and not args.lora_rank:
+        return str(checkpoint / "modeling"), "--load_checkpoint"
+    if stage_weights is not None:
+        return str(stage_weights), "--load_checkpoint"
+    return args.pretrained, "--pretrained"
+
+
 def boost_model(
     args: argparse.Namespace,
     strategy: Strategy,
     inputs: Inputs,
     checkpoint: Path | None,
     stage_weights: Path | None,
+    files: ModelFiles | None = None,
 ) -> None:
-    """Loads the weights, decides what trains, and hands the model to the plugin."""
-    resume_lora = checkpoint is not None and args.lora_rank
-    weights, flag = args.pretrained, "--pretrained"
-    if checkpoint is not None and not resume_lora:
-        weights, flag = str(checkpoint / "modeling"), "--load_checkpoint"
-    elif stage_weights is not None:
-        weights, flag = str(stage_weights), "--load_checkpoint"
+    """Loads the weights, decides what trains, and hands the model to the plugin.
+
+    Args:
+        files: the model gets their generation configuration, which Gemini saves by itself.
+    """
+    weights, flag = find_weights(args, checkpoint, stage_weights)
     has_weights = not args.benchmark or is_weights_directory(Path(args.pretrained))
     if has_weights:
         causal_lm = load_causal_lm(weights, inputs.config, strategy.parameter_dtype, flag)
     else:
         log(f"--benchmark: {args.pretrained} has no weights; training random ones of its shape")
         causal_lm = random_causal_lm(inputs.config, strategy.parameter_dtype, args.seed)
+    if files is not None:
+        causal_lm.generation_config = files.generation_config
     model = causal_lm
     if args.freeze_non_embeds_params:
         freeze_all_but_embeddings(causal_lm)

@@ -61,6 +61,11 @@ class ShardPlace:
         return f"tp-{self.tensor_rank:03d}_pp-{self.pipeline_rank:03d}_zero-{self.zero_rank:04d}.safetensors"
 
 
+def parameter_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Of the model's parameters, in memory and where they are saved."""
+    return torch.float32 if args.plugin == "ddp" else TORCH_DTYPES[args.mixed_precision]
+
+
 class Strategy:
     """A boosted model and its optimizer.
 
@@ -81,7 +86,7 @@ class Strategy:
             else torch.device("cpu")
         )
         self.compute_dtype = TORCH_DTYPES[args.mixed_precision]
-        self.parameter_dtype = torch.float32 if args.plugin == "ddp" else self.compute_dtype
+        self.parameter_dtype = parameter_dtype(args)
         self.max_norm = args.grad_clip or NO_CLIPPING
         self.plugin = self._make_plugin()
         from colossalai.booster import Booster

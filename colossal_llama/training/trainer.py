@@ -376,9 +376,12 @@ class Trainer:
         self.failed_saves += 1
         if self.failed_saves >= MAX_FAILED_SAVES or is_last:
             in_a_row = f", {self.failed_saves} times in a row" if self.failed_saves > 1 else ""
+            remedy = "free space on the disk of --save_dir, or make it writable,"
+            if not getattr(error, "is_disk", True):
+                remedy = "the disk is not to blame; remove the cause that is named"
             raise UserError(
-                f"{error}{in_a_row}. Earlier checkpoints are kept: free space on the disk of --save_dir, or "
-                "make it writable, and continue with --load_checkpoint latest",
+                f"{error}{in_a_row}. Earlier checkpoints are kept: {remedy} and continue with "
+                "--load_checkpoint latest",
                 exit_code=1,
             ) from None
         warn(

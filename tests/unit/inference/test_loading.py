@@ -84,6 +84,12 @@ def test_embeddings_of_another_vocabulary_are_refused(adapter_dir: Path) -> None
         load(adapter_dir)
 
 
+def test_adapter_says_what_ends_its_answers(adapter_dir: Path) -> None:
+    assert load(adapter_dir).model.generation_config.eos_token_id == 2
+    (adapter_dir / "generation_config.json").write_text('{"eos_token_id": [2, 7]}', encoding="utf-8")
+    assert load(adapter_dir).model.generation_config.eos_token_id == [2, 7]
+
+
 def test_adapter_without_its_base_model(adapter_dir: Path) -> None:
     config = adapter_dir / "adapter_config.json"
     values = json.loads(config.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizer_cases import run_extension
+from transformers import AutoTokenizer
 
 from colossal_llama.dataset import preparation
 from colossal_llama.inference import loading
+from colossal_llama.model.init_model import _copy_small_files
 from colossal_llama.tokenizer import compare_tokenizers
 from colossal_llama.tokenizer.source import open_source
 from colossal_llama.training import model as training_model
@@ -61,6 +65,56 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(
     with pytest.raises(UserError):
         READERS[reader](source)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("reader", [reader for reader in READERS if reader != "extension"])
+def test_a_prefix_that_slow_and_fast_read_differently_is_named(
+    llama2_tokenizer_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture, reader: str
+) -> None:
+    """Earlier versions wrote it into every trained LLaMA-2; `init_tokenizer.py` leaves it out."""
+    source = tmp_path / "source"
+    shutil.copytree(llama2_tokenizer_dir, source)
+    READERS[reader](source)
+    assert capfd.readouterr().err == ""
+    AutoTokenizer.from_pretrained(source).save_pretrained(source)
+    READERS[reader](source)
+    said = capfd.readouterr().err
+    assert said.startswith(f'warning: {source / "tokenizer_config.json"}: "add_prefix_space": null makes')
+
+
+OTHERS = {
+    "added_tokens.json": "{}",
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+    "tokenization_own.py": "# own\n",
+}
+
+
+def test_all_files_of_a_tokenizer_go_into_what_is_made_of_it(
+    llama2_tokenizer_dir: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    source, target, model = (tmp_path / name for name in ("source", "target", "model"))
+    shutil.copytree(llama2_tokenizer_dir, source)
+    for name, content in OTHERS.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(content)
+    run_extension(source, target, ["人工", "智能"])
+    shutil.rmtree(source / "additional_chat_templates")
+    (target / "program.py").write_text("the user's own\n")
+    args = argparse.Namespace(
+        source_model_and_tokenizer_path=tiny_model_dir, target_tokenizer_path=target, target_model_path=model
+    )
+    model.mkdir()
+    _copy_small_files(args)
+    for directory in (target, model):
+        for name, content in OTHERS.items():
+            assert (directory / name).read_text() == content
+    for name in ("tokenizer.json", "tokenizer.model", "vocabulary_extension.json", "tokenizer_config.json"):
+        assert (model / name).read_bytes() == (target / name).read_bytes()
+    # What is made anew from a source without them has none, and a user's own programs stay.
+    run_extension(source, target, ["人工", "智能"])
+    assert not (target / "additional_chat_templates" / "tools.jinja").exists()
+    assert (target / "program.py").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Before a checkpoint is written: the memory that a copy takes."""
+"""What a checkpoint takes and says: the memory of a copy, failures, small files beside Gemini's weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from colossal_llama.training.checkpoint import CheckpointWriter
+from colossal_llama.training.saving import FilePlan, SaveError
+from colossal_llama.training.trainer import Trainer
+from colossal_llama.utils.errors import UserError
 
 WEIGHTS, TRAINED = 1000, 10
 
@@ -47,3 +50,55 @@ def test_a_copy_takes_optimizer_and_weights(flags, is_main, trained, expected):
         shard_place=lambda: SimpleNamespace(num_replicas=2),
     )
     assert writer._copy_bytes() == expected
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, without a process group."""
+    dist = "colossal_llama.training.checkpoint.dist."
+    monkeypatch.setattr(f"{dist}get_world_size", lambda: 1)
+    monkeypatch.setattr(f"{dist}barrier", lambda: None)
+    monkeypatch.setattr(f"{dist}all_gather_object", lambda found, own: found.__setitem__(0, own))
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "remedy"),
+    [
+        (OSError(28, "No space left on device", "/d/x"), "/d/x: No space left on device", "free space"),
+        (KeyError("rope"), "aside: KeyError: 'rope'", "the disk is not to blame"),
+    ],
+)
+def test_a_failed_save_names_its_cause_on_every_rank(alone, tmp_path, error, said, remedy):
+    def fail() -> None:
+        raise error
+
+    writer = object.__new__(CheckpointWriter)
+    writer.is_main = True
+    with pytest.raises(SaveError, match="checkpoint not saved: ") as caught:
+        writer._together(fail, tmp_path / "aside")
+    assert str(caught.value).endswith(said)
+    trainer = object.__new__(Trainer)
+    trainer.failed_saves = 0
+    with pytest.raises(UserError) as reported:
+        trainer._report_failed_save(caught.value, is_last=True)
+    assert said in str(reported.value)
+    assert remedy in str(reported.value)
+
+
+def test_gemini_s_model_gets_the_prepared_files(tmp_path):
+    """colossalai writes configurations of its own beside the weights; ours come after them."""
+
+    def save_model(model, directory, **options) -> None:
+        (tmp_path / "modeling").mkdir()
+        (tmp_path / "modeling" / "config.json").write_text("colossalai's")
+
+    writer = object.__new__(CheckpointWriter)
+    writer.is_main = True
+    writer.strategy = SimpleNamespace(model=None, booster=SimpleNamespace(save_model=save_model))
+    contents = {"config.json": b"ours", "tokenizer.model": b"bytes", "additional_chat_templates/x": b"y"}
+    writer.files = SimpleNamespace(beside_weights=contents)
+    plan = FilePlan(tmp_path, None)
+    writer._write_gemini_model(tmp_path / "modeling", plan, "modeling/")
+    assert set(plan.run()) == {f"modeling/{name}" for name in contents}
+    for name, content in contents.items():
+        assert (tmp_path / "modeling" / name).read_bytes() == content

@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from colossal_llama.training.modeling_files import cut_into_files, usual_weight_names
-from colossal_llama.training.saving import BackgroundWrite, CopyBuffers, FilePlan, write_safetensors
+from colossal_llama.training.saving import (
+    BackgroundWrite,
+    CopyBuffers,
+    FilePlan,
+    is_disk_error,
+    write_safetensors,
+)
 
 
 def test_written_tensors_are_read_by_safetensors(tmp_path):
@@ -70,6 +76,45 @@ def test_a_failure_names_the_file(tmp_path, inline):
     write.wait()
     assert isinstance(write.failure, OSError)
     assert write.failure.filename == str(tmp_path / "missing" / "x")
+
+
+def test_bytes_may_go_into_a_directory_of_their_own(tmp_path):
+    plan = FilePlan(tmp_path, None)
+    plan.add_bytes("templates/x", b"abc")
+    assert plan.run() == {"templates/x": (3, xxhash.xxh3_64_hexdigest(b"abc"))}
+
+
+def failing(error: Exception):
+    def write_files(directory: Path) -> None:
+        raise error
+
+    return write_files
+
+
+@pytest.mark.parametrize(
+    ("error", "is_disk"),
+    [
+        (ValueError("GenerationConfig is invalid"), False),
+        (TypeError("Object of type Thing is not JSON serializable"), False),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
+        (
+            SafetensorError(
+                'I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
+            ),
+            True,
+        ),
+        (OSError(28, "No space left on device", "/x"), True),
+    ],
+)
+def test_a_failure_has_its_own_cause(tmp_path, error, is_disk):
+    plan = FilePlan(tmp_path, None)
+    plan.add_library_files("", failing(error))
+    write = BackgroundWrite(plan, inline=True)
+    write.wait()
+    assert str(getattr(error, "strerror", error)) in str(write.failure)
+    if not isinstance(error, OSError):
+        assert type(error).__name__ in str(write.failure)
+    assert is_disk_error(write.failure) == is_disk
 
 
 def test_a_full_disk_is_an_error_that_names_the_file():
