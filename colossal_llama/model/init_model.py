@@ -177,15 +177,11 @@ def _refuse_full_disk(target: Path, needed: int) -> None:
 
 
 def _copy_small_files(args: argparse.Namespace) -> None:
-    from colossal_llama.tokenizer.extension import REPORT_FILE
-    from colossal_llama.tokenizer.tokenizer_files import TOKENIZER_FILES
+    from colossal_llama.tokenizer.tokenizer_files import copy_tokenizer
 
     target = args.target_model_path
     if not target.samefile(args.target_tokenizer_path):
-        for name in (*TOKENIZER_FILES, REPORT_FILE):
-            (target / name).unlink(missing_ok=True)
-            if (args.target_tokenizer_path / name).exists():
-                shutil.copyfile(args.target_tokenizer_path / name, target / name)
+        copy_tokenizer(args.target_tokenizer_path, target)
     generation = args.source_model_and_tokenizer_path / GENERATION_CONFIG_FILE
     if generation.exists():
         shutil.copyfile(generation, target / GENERATION_CONFIG_FILE)

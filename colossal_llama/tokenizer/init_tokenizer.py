@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from colossal_llama.tokenizer.extension import REPORT_FILE, UNREACHABLE_MODES, VocabularyExtension
+from colossal_llama.tokenizer.extension import UNREACHABLE_MODES, VocabularyExtension
 from colossal_llama.tokenizer.output_directory import objection_to_output
+from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE, files_of_tokenizer, settings_of
 from colossal_llama.utils.arguments import ArgumentParser, existing_directory, existing_file
 from colossal_llama.utils.console import format_table, log, warn
 from colossal_llama.utils.errors import UserError, run_command
@@ -82,18 +83,18 @@ def extend(args: argparse.Namespace) -> tuple[VocabularyExtension, dict[str, byt
 def write_tokenizer(
     args: argparse.Namespace, extension: VocabularyExtension, vocabulary_files: dict[str, bytes]
 ) -> None:
-    """Writes settings (the source's, byte for byte), report and vocabulary files, these last."""
+    """Writes report, settings (the source's, byte for byte) and vocabulary files, in this order."""
     import orjson
 
     from colossal_llama.tokenizer.output_directory import place_files
-    from colossal_llama.tokenizer.tokenizer_files import SETTINGS_FILES, TOKENIZER_FILES
 
-    source = args.source_tokenizer_dir
-    contents = {name: (source / name).read_bytes() for name in SETTINGS_FILES if (source / name).exists()}
+    source, target = args.source_tokenizer_dir, args.target_tokenizer_dir
     report = extension.report(args.unreachable)
-    contents[REPORT_FILE] = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    contents = {REPORT_FILE: orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)}
+    contents |= {name: (source / name).read_bytes() for name in settings_of(source)}
     contents |= vocabulary_files
-    place_files(args.target_tokenizer_dir, contents, owned=[REPORT_FILE, *TOKENIZER_FILES])
+    stale = [name for name in files_of_tokenizer(target) if not name.endswith(".py")]  # code may be a model's
+    place_files(target, contents, owned=stale)
 
 
 def summarise(args: argparse.Namespace, extension: VocabularyExtension) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,11 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-# Copied as they are when a tokenizer is extended.
+# Names of the new rows of a model and how they came about, written by init_tokenizer.py; it goes with the
+# tokenizer through every stage.
+REPORT_FILE = "vocabulary_extension.json"
+TEMPLATES_DIRECTORY = "additional_chat_templates"
+# What does not depend on the vocabulary, so an extended tokenizer has the source's.
 SETTINGS_FILES = (
     CONFIG_FILE,
     SPECIAL_TOKENS_FILE,
@@ -23,7 +28,7 @@ SETTINGS_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-TOKENIZER_FILES = (*SETTINGS_FILES, SENTENCEPIECE_FILE, FAST_FILE)
+VOCABULARY_FILES = ("vocab.json", "merges.txt", SENTENCEPIECE_FILE, FAST_FILE)
 
 # transformers gives ids to special tokens that have none in this order (SpecialTokensMixin).
 _SPECIAL_TOKEN_NAMES = (
@@ -151,6 +156,49 @@ class TokenizerFiles:
                 if isinstance(content, str) and content not in found:
                     found.append(content)
         return found
+
+
+def settings_of(directory: Path) -> list[str]:
+    """The settings in a tokenizer directory, chat templates and the tokenizer's own code included.
+
+    Returns:
+        Names relative to the directory, a template's as `additional_chat_templates/NAME.jinja`.
+    """
+    names = [name for name in SETTINGS_FILES if (directory / name).is_file()]
+    names += _files_named(directory, f"{TEMPLATES_DIRECTORY}/*.jinja")
+    config_path = directory / CONFIG_FILE
+    config = read_json(config_path) if config_path.is_file() else None
+    if isinstance(config, dict) and config.get("auto_map"):
+        # All of it: what a module imports is not known without running it. transformers looks nowhere deeper.
+        names += _files_named(directory, "*.py")
+    return names
+
+
+def _files_named(directory: Path, pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.glob(pattern) if path.is_file())
+
+
+def files_of_tokenizer(directory: Path) -> list[str]:
+    """Every file of the tokenizer in a directory, those first without which it can't be loaded.
+
+    Wherever a tokenizer goes, these go byte for byte: `save_pretrained` would change what it does.
+
+    Returns:
+        Names relative to the directory, as of `settings_of`.
+    """
+    vocabulary = [name for name in (*VOCABULARY_FILES, REPORT_FILE) if (directory / name).is_file()]
+    return [*vocabulary, *settings_of(directory)]
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Makes the tokenizer in directory `target` the one in `source`, byte for byte; other files stay."""
+    names = files_of_tokenizer(source)
+    for name in set(files_of_tokenizer(target)) - set(names):
+        if not name.endswith(".py"):  # may belong to a model
+            (target / name).unlink()
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def read_tokenizer_files(directory: Path, flag: str) -> TokenizerFiles:
