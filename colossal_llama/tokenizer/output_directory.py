@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from colossal_llama.utils.files import naming, sync_directory
+from colossal_llama.utils.files import naming, remove_name, sync_directory
 
 
 def objection_to_output(directory: Path) -> str | None:
@@ -61,7 +61,7 @@ def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[
             os.replace(aside, directory)
         else:
             for name in reversed([*owned, *contents]):
-                (directory / name).unlink(missing_ok=True)
+                remove_name(directory, name)
             for name in contents:
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(aside / name, directory / name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import read_json
+from colossal_llama.utils.files import read_json, remove_name
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
@@ -190,12 +190,22 @@ def files_of_tokenizer(directory: Path) -> list[str]:
     return [*vocabulary, *settings_of(directory)]
 
 
+def is_extension(directory: Path) -> bool:
+    """Whether the tokenizer in a directory was made by init_tokenizer.py, of any version."""
+    path = directory / REPORT_FILE
+    try:
+        report = read_json(path) if path.is_file() else None
+    except UserError:
+        return False
+    return isinstance(report, dict) and "counts" in report
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Makes the tokenizer in directory `target` the one in `source`, byte for byte; other files stay."""
     names = files_of_tokenizer(source)
-    for name in set(files_of_tokenizer(target)) - set(names):
-        if not name.endswith(".py"):  # may belong to a model
-            (target / name).unlink()
+    stale = [name for name in files_of_tokenizer(target) if not name.endswith(".py")]  # code may be a model's
+    for name in {*stale, *names}:
+        remove_name(target, name)
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
@@ -246,6 +256,16 @@ def refuse_newer_settings(directory: str | Path) -> None:
         )
     if problems:
         raise UserError(problems)
+
+
+def steps_of(component: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The parts of a normalizer or pre-tokenizer, those of sequences one by one."""
+    if not component:
+        return []
+    if component.get("type") == "Sequence":
+        parts = component.get("pretokenizers") or component.get("normalizers") or []
+        return [step for part in parts for step in steps_of(part)]
+    return [component]
 
 
 def parse_sentencepiece(path: Path) -> Any:
