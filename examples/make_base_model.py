@@ -7,10 +7,12 @@ are random.
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
 from colossal_llama.tokenizer.corpus_texts import read_samples
+from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import ArgumentParser, directory_list, number, positive_int
 from colossal_llama.utils.console import format_table, log
 from colossal_llama.utils.errors import UserError, run_command
@@ -24,14 +26,25 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--data_input_dirs", type=directory_list, required=True, help="comma list of JSONL directories"
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="directory for model and tokenizer")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="new or empty directory for model and tokenizer"
+    )
     parser.add_argument("--vocab_size", type=number(int, 300), default=2000, help="pieces of the tokenizer")
     parser.add_argument("--hidden_size", type=positive_int, default=256, help="width of the model")
     parser.add_argument("--num_layers", type=positive_int, default=4, help="transformer layers")
     parser.add_argument("--num_heads", type=positive_int, default=4, help="attention heads")
     parser.add_argument("--max_positions", type=positive_int, default=4096, help="context length, in tokens")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the random weights")
+    parser.add_check(_check_output)
     return parser
+
+
+def _check_output(args: argparse.Namespace) -> list[str]:
+    """A model that is there may be a real one."""
+    objection = objection_to_output(args.output_dir)
+    if objection is None and args.output_dir.is_dir() and any(args.output_dir.iterdir()):
+        objection = "is not empty; choose another directory, or remove it first"
+    return [f"--output_dir {args.output_dir}: {objection}"] if objection else []
 
 
 def read_texts(directories: list[Path]) -> list[str]:

@@ -252,7 +252,12 @@ def _claim_output(settings: Settings, run_key: str) -> str:
     Only names that preparation itself gives are ever removed. Returns an id of this run: what is left of
     earlier ones on other machines may not write any more.
     """
-    is_same_run = settings.run_file.exists() and read_json(settings.run_file).get("run_key") == run_key
+    run = read_json(settings.run_file) if settings.run_file.exists() else {}
+    if not isinstance(run, dict) or (run and "run_key" not in run):
+        raise UserError(
+            f"{settings.run_file}: is there already, and no preparation wrote it; use another directory"
+        )
+    is_same_run = run.get("run_key") == run_key
     is_complete = settings.stats_path.exists()
     parts = [
         path
@@ -271,9 +276,14 @@ def _claim_output(settings: Settings, run_key: str) -> str:
             f"{parts[0]}: is there already, from another run that did not finish or had other settings; "
             "use another directory, or --overwrite"
         )
+    picture = settings.data_output_dirs / "stats.png"
+    if picture.exists() and not (is_complete or run or settings.overwrite):
+        raise UserError(
+            f"{picture}: is there already, without a data set; use another directory, or --overwrite"
+        )
     if is_complete or not is_same_run:
         settings.stats_path.unlink(missing_ok=True)  # first: from here on the output is not complete
-        (settings.data_output_dirs / "stats.png").unlink(missing_ok=True)
+        picture.unlink(missing_ok=True)
         for path in parts:
             remove_path(path)
         for path in (settings.cache_dir / "bins").glob("part-*.json"):

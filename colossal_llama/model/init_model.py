@@ -18,6 +18,15 @@ from colossal_llama.utils.errors import UserError, run_command
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
+# Says how the embeddings were made, and that the model in the directory is this script's. Training, which
+# copies vocabulary_extension.json, leaves none.
+INITIALIZATION_FILE = "model_initialization.json"
+WEIGHT_PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.index.json",
+)
 
 
 def build_parser() -> ArgumentParser:
@@ -52,6 +61,12 @@ def build_parser() -> ArgumentParser:
         default=1,
         help="round the number of embedding rows up to a multiple of this; 1 adds no padding",
     )
+    parser.add_flag(
+        "--overwrite",
+        default=False,
+        help="replace a model or tokenizer in the target directory that this script did not make; what it "
+        "made itself is replaced in any case",
+    )
     parser.add_check(_check_directories)
     return parser
 
@@ -65,7 +80,31 @@ def _check_directories(args: argparse.Namespace) -> list[str]:
         problems.append(f"--target_model_path {target}: {objection}")
     elif target.exists() and target.samefile(source):
         problems.append(f"--target_model_path {target}: is the source directory; the source is never changed")
+    elif not args.overwrite and (foreign := _foreign_files(args)):
+        problems.append(
+            f"--target_model_path {target}: holds files that this script did not make "
+            f"({', '.join(foreign[:5])}); choose another directory, or --overwrite"
+        )
     return problems
+
+
+def _foreign_files(args: argparse.Namespace) -> list[str]:
+    """What would be replaced in the target directory, unless an earlier run of this script made it."""
+    from colossal_llama.tokenizer.tokenizer_files import files_of_tokenizer, is_extension
+
+    target = args.target_model_path
+    if not target.exists() or (target / INITIALIZATION_FILE).is_file():
+        return []
+    found = [name for name in (CONFIG_FILE, GENERATION_CONFIG_FILE) if (target / name).exists()]
+    found += _weight_names(target)
+    if not target.samefile(args.target_tokenizer_path) and not is_extension(target):
+        found += files_of_tokenizer(target)
+    return found
+
+
+def _weight_names(directory: Path) -> list[str]:
+    names = {path.name for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)}
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def main() -> None:
@@ -98,7 +137,7 @@ def main() -> None:
 
 
 def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, plan: Any) -> None:
-    """Writes shards, then tokenizer and generation config, then index, and `config.json` last of all.
+    """Writes how it is made, shards, tokenizer and generation config, index, and `config.json` last of all.
 
     Without `config.json` nothing loads the directory, so a killed run never looks finished.
     """
@@ -130,12 +169,25 @@ def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, p
     _refuse_other_weights(target, set(names.values()) | ({SAFETENSORS_INDEX} if len(names) > 1 else set()))
     target.resolve().mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(target, total)
+    write_json(
+        target / INITIALIZATION_FILE,
+        {
+            "dtype": args.dtype,
+            "pad_to_multiple_of": args.pad_to_multiple_of,
+            **{f"{kind}_rows": plan.count(kind) for kind in ("kept", "new", "padding")},
+        },
+    )
     (target / CONFIG_FILE).unlink(missing_ok=True)
 
     written = {}
-    with progress_bar(total=total, unit="B", unit_scale=True, desc="weights") as bar:
-        for path, name in names.items():
-            written[name] = write_shard(path, target / name, plan, dtype, bar.update)
+    try:
+        with progress_bar(total=total, unit="B", unit_scale=True, desc="weights") as bar:
+            for path, name in names.items():
+                written[name] = write_shard(path, target / name, plan, dtype, bar.update)
+    except BaseException:
+        if not _weight_names(target):
+            (target / INITIALIZATION_FILE).unlink()
+        raise
     _copy_small_files(args)
     if len(names) > 1:
         write_json(target / SAFETENSORS_INDEX, index_of(written))
@@ -150,16 +202,7 @@ def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, p
 
 def _refuse_other_weights(target: Path, expected: set[str]) -> None:
     """Weights of another model beside the new ones could be loaded in their place."""
-    patterns = (
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "pytorch_model*.bin",
-        "pytorch_model*.index.json",
-    )
-    found = {
-        path.name for pattern in patterns for path in target.glob(pattern) if not path.name.startswith(".")
-    }
-    if others := sorted(found - expected):
+    if others := sorted(set(_weight_names(target)) - expected):
         raise UserError(
             f"--target_model_path {target}: holds other weights ({', '.join(others[:5])}), which might be "
             "loaded in place of the new ones; remove them or choose another directory"
@@ -177,23 +220,14 @@ def _refuse_full_disk(target: Path, needed: int) -> None:
 
 
 def _copy_small_files(args: argparse.Namespace) -> None:
-    from colossal_llama.tokenizer.extension import REPORT_FILE
-    from colossal_llama.tokenizer.tokenizer_files import list_tokenizer_files, read_tokenizer_contents
-    from colossal_llama.utils.files import naming
+    from colossal_llama.tokenizer.tokenizer_files import copy_tokenizer
 
-    target, tokenizer = args.target_model_path, args.target_tokenizer_path
-    if not target.samefile(tokenizer):
-        contents = read_tokenizer_contents(tokenizer)
-        if (tokenizer / REPORT_FILE).exists():
-            contents[REPORT_FILE] = (tokenizer / REPORT_FILE).read_bytes()
-        for name in (*list_tokenizer_files(target), REPORT_FILE):
-            (target / name).unlink(missing_ok=True)
-        for name, content in contents.items():
-            with naming(target / name):
-                (target / name).parent.mkdir(exist_ok=True)
-                (target / name).write_bytes(content)
+    target = args.target_model_path
+    if not target.samefile(args.target_tokenizer_path):
+        copy_tokenizer(args.target_tokenizer_path, target)
     generation = args.source_model_and_tokenizer_path / GENERATION_CONFIG_FILE
     if generation.exists():
+        (target / GENERATION_CONFIG_FILE).unlink(missing_ok=True)  # not through a link
         shutil.copyfile(generation, target / GENERATION_CONFIG_FILE)
 
 

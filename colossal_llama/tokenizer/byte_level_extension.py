@@ -25,7 +25,7 @@ from colossal_llama.tokenizer.reachability import (
     unreachable_pieces,
     without_superfluous,
 )
-from colossal_llama.tokenizer.tokenizer_files import FAST_FILE, TokenizerFiles
+from colossal_llama.tokenizer.tokenizer_files import FAST_FILE, TokenizerFiles, steps_of
 from colossal_llama.utils.errors import UserError
 
 
@@ -87,7 +87,7 @@ class ByteLevelSource:
     def _refuse_unsuitable(self) -> None:
         problems = []
         kind = self.model.get("type")
-        steps = _steps(self.files.fast.get("pre_tokenizer"))
+        steps = steps_of(self.files.fast.get("pre_tokenizer"))
         byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
         if kind != "BPE" or self.model.get("byte_fallback") or not byte_level:
             problems.append(
@@ -98,7 +98,7 @@ class ByteLevelSource:
         elif byte_level[0].get("add_prefix_space"):
             problems.append(f"{self.path}: it puts a space before every text, which LLaMA-3's does not")
         if self.files.fast.get("normalizer"):
-            normalizer = ", ".join(str(step.get("type")) for step in _steps(self.files.fast["normalizer"]))
+            normalizer = ", ".join(str(step.get("type")) for step in steps_of(self.files.fast["normalizer"]))
             problems.append(
                 f"{self.path}: it rewrites text before it splits it ({normalizer}); only tokenizers without "
                 "a normalizer, such as LLaMA-3's, can be extended"
@@ -285,13 +285,3 @@ def _scores(tokens: Iterable[str], below: int = 0) -> dict[str, float]:
 
 def _next_score(score: float) -> float:
     return score - 1.0
-
-
-def _steps(component: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The parts of a normalizer or pre-tokenizer, those of sequences one by one."""
-    if not component:
-        return []
-    if component.get("type") == "Sequence":
-        parts = component.get("pretokenizers") or component.get("normalizers") or []
-        return [step for part in parts for step in _steps(part)]
-    return [component]

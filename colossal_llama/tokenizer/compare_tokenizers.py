@@ -6,14 +6,17 @@ that a tokenizer adds by itself (BOS) are not counted.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import ArgumentParser, directory_list
 from colossal_llama.utils.console import format_table, log, progress_bar
 from colossal_llama.utils.errors import UserError, run_command
+from colossal_llama.utils.files import objection_to_replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,8 +49,27 @@ def build_parser() -> ArgumentParser:
         help="comma list of directories with JSONL pre-training records or conversations; each record is a "
         "sample",
     )
-    parser.add_argument("--output_file", type=Path, help="JSON file to write the figures to as well")
+    parser.add_argument(
+        "--output_file",
+        type=Path,
+        help="JSON file to write the figures to as well; replaces no other kind of file",
+    )
+    parser.add_check(_check_output)
     return parser
+
+
+def _check_output(args: argparse.Namespace) -> list[str]:
+    if args.output_file is None:
+        return []
+    names = [field.name for field in fields(Comparison)]
+    objection = objection_to_output(args.output_file.parent)
+    if objection is None and args.output_file.is_dir():
+        objection = "is a directory"
+    if objection is None:
+        objection = objection_to_replacing(
+            args.output_file, lambda rows: isinstance(rows, list) and all(list(row) == names for row in rows)
+        )
+    return [f"--output_file {args.output_file}: {objection}"] if objection else []
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

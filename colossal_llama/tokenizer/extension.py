@@ -10,7 +10,6 @@ from colossal_llama.tokenizer.pieces_file import ListedPieces, cap_problems
 from colossal_llama.utils.errors import UserError
 
 UNREACHABLE_MODES = ("report", "add", "drop", "error")
-REPORT_FILE = "vocabulary_extension.json"
 
 
 @dataclass

@@ -8,13 +8,26 @@ tokenizer.
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from colossal_llama.tokenizer.extension import REPORT_FILE, UNREACHABLE_MODES, VocabularyExtension
+from colossal_llama.tokenizer.extension import UNREACHABLE_MODES, VocabularyExtension
 from colossal_llama.tokenizer.output_directory import objection_to_output
+from colossal_llama.tokenizer.tokenizer_files import (
+    REPORT_FILE,
+    files_of_tokenizer,
+    is_extension,
+    settings_of,
+)
 from colossal_llama.utils.arguments import ArgumentParser, existing_directory, existing_file
 from colossal_llama.utils.console import format_table, log, warn
 from colossal_llama.utils.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from colossal_llama.tokenizer.agreement import Agreement
 
 
 def build_parser() -> ArgumentParser:
@@ -45,6 +58,12 @@ def build_parser() -> ArgumentParser:
         help="pieces that no text can ever yield: add them and say so (report), add the missing "
         "intermediate pieces too (add), leave them out (drop), or stop (error)",
     )
+    parser.add_flag(
+        "--overwrite",
+        default=False,
+        help="replace a tokenizer in the target directory that this script did not make; what it made itself "
+        "is replaced in any case",
+    )
     parser.add_check(_check_directories)
     return parser
 
@@ -60,6 +79,18 @@ def _check_directories(args: argparse.Namespace) -> list[str]:
         return [
             f"--target_tokenizer_dir {target}: holds model weights ({weights[0]}) that would no longer fit "
             "the tokenizer; choose another directory or remove the model"
+        ]
+    if args.overwrite or is_extension(target):
+        return []
+    # Code has names of its own kind: what would be written over is somebody's too.
+    replaced = {
+        *files_of_tokenizer(target),
+        *(name for name in settings_of(source) if (target / name).exists()),
+    }
+    if replaced:
+        return [
+            f"--target_tokenizer_dir {target}: holds a tokenizer that this script did not make "
+            f"({', '.join(sorted(replaced)[:5])}); choose another directory, or --overwrite"
         ]
     return []
 
@@ -81,29 +112,66 @@ def extend(args: argparse.Namespace) -> tuple[VocabularyExtension, dict[str, byt
 
 def write_tokenizer(
     args: argparse.Namespace, extension: VocabularyExtension, vocabulary_files: dict[str, bytes]
-) -> None:
-    """Writes settings (the source's, byte for byte), report and vocabulary files, these last."""
+) -> Agreement | None:
+    """Writes report, settings (the source's, byte for byte) and vocabulary files, in this order.
+
+    Returns:
+        On which texts slow and fast form disagree; None of a byte-level tokenizer, which has only one.
+    """
     import orjson
 
     from colossal_llama.tokenizer.output_directory import place_files
-    from colossal_llama.tokenizer.tokenizer_files import (
-        CODE_FILES,
-        SETTINGS_FILES,
-        list_tokenizer_files,
-        read_tokenizer_contents,
-    )
 
-    target = args.target_tokenizer_dir
-    contents = read_tokenizer_contents(args.source_tokenizer_dir, (*SETTINGS_FILES, *CODE_FILES))
-    report = extension.report(args.unreachable)
-    contents[REPORT_FILE] = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    source, target = args.source_tokenizer_dir, args.target_tokenizer_dir
+    contents = {name: (source / name).read_bytes() for name in settings_of(source)}
     contents |= vocabulary_files
-    place_files(target, contents, owned=[REPORT_FILE, *list_tokenizer_files(target)])
+    report = extension.report(args.unreachable)
+    agreement = None
+    if extension.kind == "sentencepiece":
+        agreement = compare_with_source(source, contents, extension.added)
+        report["slow_and_fast"] = agreement and agreement.report()
+    report_file = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    stale = [name for name in files_of_tokenizer(target) if not name.endswith(".py")]  # code may be a model's
+    place_files(target, {REPORT_FILE: report_file, **contents}, owned=stale)
+    return agreement
 
 
-def summarise(args: argparse.Namespace, extension: VocabularyExtension) -> None:
+def compare_with_source(source: Path, contents: Mapping[str, bytes], pieces: list[str]) -> Agreement | None:
+    """On which probe texts slow and fast form disagree; None where they can't be loaded."""
+    from colossal_llama.tokenizer.agreement import compare_forms
+    from colossal_llama.tokenizer.output_directory import place_files
+    from colossal_llama.utils.quiet import quieten_libraries
+
+    quieten_libraries()
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            target = Path(directory) / "tokenizer"
+            place_files(target, contents, owned=[])
+            return compare_forms(source, target, pieces)
+    except Exception as error:  # of tokenizers and sentencepiece too, which have classes of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warn(
+            f"slow and fast form are not compared: transformers can't load {source} or its extension "
+            f"({reason})"
+        )
+        return None
+
+
+def summarise(
+    args: argparse.Namespace, extension: VocabularyExtension, agreement: Agreement | None = None
+) -> None:
     for note in extension.notes:
         log(f"note: {note}")
+    if agreement and agreement.of_source:
+        log(
+            f"note: on {len(agreement.of_source):,} of {agreement.num_texts:,} probe texts the source's own "
+            f"slow and fast tokenizers disagree, the first {agreement.of_source[0]}"
+        )
+    if agreement and agreement.new:
+        log(
+            f"note: on {len(agreement.new):,} of {agreement.num_texts:,} probe texts the source's slow and "
+            f"fast tokenizers agree and the new ones do not, the first {agreement.new[0]}"
+        )
     rows = [(name.replace("_", " "), count) for name, count in extension.counts().items()]
     log(format_table(["vocabulary", "count"], rows))
     report = args.target_tokenizer_dir / REPORT_FILE
@@ -121,9 +189,11 @@ def summarise(args: argparse.Namespace, extension: VocabularyExtension) -> None:
 def main() -> None:
     args = build_parser().parse_args()
     extension, vocabulary_files = extend(args)
-    write_tokenizer(args, extension, vocabulary_files)
-    summarise(args, extension)
+    agreement = write_tokenizer(args, extension, vocabulary_files)
+    summarise(args, extension, agreement)
 
 
 if __name__ == "__main__":
+    # Loading a tokenizer needs no torch, whose import takes longer than everything else together.
+    os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
     run_command(main)

@@ -24,6 +24,7 @@ from colossal_llama.utils.arguments import (
 )
 from colossal_llama.utils.console import format_table, log, progress_bar, warn
 from colossal_llama.utils.errors import UserError, run_command
+from colossal_llama.utils.files import objection_to_replacing
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -57,7 +58,10 @@ def build_parser() -> ArgumentParser:
         help="tokenizer that is to be extended: what it has already is not learned again",
     )
     parser.add_argument(
-        "--output_file", type=Path, required=True, help='JSONL file to write, {"piece": "..."} a line'
+        "--output_file",
+        type=Path,
+        required=True,
+        help='JSONL file to write, {"piece": "..."} a line; replaces no other kind of file',
     )
     parser.add_argument("--num_tokens", type=positive_int, required=True, help="new pieces to learn")
     parser.add_argument(
@@ -93,6 +97,8 @@ def _check_output(args: argparse.Namespace) -> list[str]:
     objection = objection_to_output(args.output_file.parent)
     if objection is None and args.output_file.is_dir():
         objection = "is a directory"
+    if objection is None:
+        objection = objection_to_replacing(args.output_file, lambda line: list(line) == ["piece"])
     return [f"--output_file {args.output_file}: {objection}"] if objection else []
 
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from colossal_llama.utils.files import naming, sync_directory
+from colossal_llama.utils.files import naming, remove_name, sync_directory
 
 
 def objection_to_output(directory: Path) -> str | None:
@@ -37,7 +37,7 @@ def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[
     that until the end it can't be loaded.
 
     Args:
-        contents: file name, or `directory/name` -> bytes; the last ones are those without which nothing can
+        contents: name relative to the directory -> bytes; the last ones are those without which nothing can
             be loaded.
         owned: names that this program may remove from the directory: an earlier run's leftovers.
     """
@@ -49,21 +49,24 @@ def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[
     aside.mkdir()
     try:
         for name, content in contents.items():
-            (aside / name).parent.mkdir(exist_ok=True)
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
             with naming(directory / name), open(aside / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        sync_directory(aside)
+        parents = {Path(name).parent for name in contents}
+        for parent in parents:
+            sync_directory(aside / parent)
         if is_new:
             os.replace(aside, directory)
         else:
             for name in reversed([*owned, *contents]):
-                (directory / name).unlink(missing_ok=True)
+                remove_name(directory, name)
             for name in contents:
-                (directory / name).parent.mkdir(exist_ok=True)
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(aside / name, directory / name)
-            sync_directory(directory)
+            for parent in parents:
+                sync_directory(directory / parent)
         sync_directory(directory.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

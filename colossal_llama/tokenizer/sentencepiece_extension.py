@@ -324,7 +324,7 @@ def _fast_tokenizer(source: SentencePieceSource, proto: Any) -> bytes:
     else:
         _check_fast_matches(source, fast)
         if source.skips_prefix_before_spaces:
-            fast = {**fast, "normalizer": _prefix_before_spaces()}
+            fast = {**fast, **_prefix_steps("first")}
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     merges = merges_by_score({piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL})
     return orjson.dumps({**fast, "model": {**fast["model"], "vocab": vocabulary, "merges": merges}})
@@ -377,35 +377,51 @@ def _new_fast_tokenizer(source: SentencePieceSource) -> dict[str, Any]:
     tokenizer = Tokenizer(
         models.BPE(unk_token=source.proto.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=True)
     )
+    puts_prefix = add_prefix_space
     if source.files.legacy:
+        puts_prefix = source.proto.normalizer_spec.add_dummy_prefix
         steps = [normalizers.Replace(" ", SPACE_SYMBOL)]
-        if source.proto.normalizer_spec.add_dummy_prefix:
+        if puts_prefix:
             steps.insert(0, normalizers.Prepend(SPACE_SYMBOL))
         tokenizer.normalizer = normalizers.Sequence(steps)
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-            SPACE_SYMBOL, prepend_scheme="first" if add_prefix_space else "never", split=False
-        )
+    elif not puts_prefix:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_SYMBOL, prepend_scheme="never", split=False)
     decoding = [decoders.Replace(SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()]
     if add_prefix_space:
         decoding.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(decoding)
     fast = orjson.loads(tokenizer.to_str())
-    if not source.files.legacy and add_prefix_space:
-        fast["normalizer"] = _prefix_before_spaces()
+    if not source.files.legacy and puts_prefix:
+        fast |= _prefix_steps("first")
     fast["added_tokens"] = _added_token_entries(source)
+    is_normalized = any(entry["normalized"] for entry in fast["added_tokens"])
+    if source.files.legacy and puts_prefix and add_prefix_space is None and is_normalized:
+        # The source's fast form, which transformers makes without the prefix, finds such words anywhere;
+        # after Prepend, which changes what is searched for, one that follows another is not found.
+        fast |= _prefix_steps("always")
     fast["post_processor"] = _post_processor(source)
     return fast
 
 
-def _prefix_before_spaces() -> dict[str, Any]:
-    """A normalizer that puts the dummy prefix where Metaspace does not: before a text starting with a space.
+def _prefix_steps(prepend_scheme: str) -> dict[str, Any]:
+    """Normalizer and pre-tokenizer that put the dummy prefix before a text, whatever it starts with.
 
-    It sees the stretches between special tokens one by one, not which is the first. So after a special token,
-    before a space, and there alone, the fast form has one space more than the slow one.
+    A normalizer sees the stretches between special tokens one by one, not which is the first; Metaspace does,
+    but leaves a stretch alone that starts with the character it puts there. So spaces are written `▁` before,
+    Metaspace puts a space, the only one there is, and another one writes that `▁` too:
+
+        (start) " a"  →  "▁a"  →  " ▁a"  →  "▁▁a"
+        </s>    " a"  →  "▁a"  →   "▁a"  →   "▁a"
+
+    Args:
+        prepend_scheme: Metaspace's: "first", as drawn, or "always", before every stretch.
     """
-    pattern = {"Regex": rf"\A(?=[ {SPACE_SYMBOL}])"}
-    return {"type": "Replace", "pattern": pattern, "content": SPACE_SYMBOL}
+    prefix = {"type": "Metaspace", "replacement": " ", "prepend_scheme": prepend_scheme, "split": False}
+    spell = {"type": "Metaspace", "replacement": SPACE_SYMBOL, "prepend_scheme": "never", "split": False}
+    return {
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_SYMBOL},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [prefix, spell]},
+    }
 
 
 def _added_token_entries(source: SentencePieceSource) -> list[dict[str, Any]]:

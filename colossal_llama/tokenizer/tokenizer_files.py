@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,32 +11,25 @@ from typing import Any
 
 from colossal_llama.utils.console import warn
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import read_json
+from colossal_llama.utils.files import naming, read_json, remove_name
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-# Names and patterns of a tokenizer's files. Settings are copied as they are when a tokenizer is extended.
+# Names of the new rows of a model and how they came about, written by init_tokenizer.py; it goes with the
+# tokenizer through every stage.
+REPORT_FILE = "vocabulary_extension.json"
+# What does not depend on the vocabulary, so an extended tokenizer has the source's.
 SETTINGS_FILES = (
     CONFIG_FILE,
     SPECIAL_TOKENS_FILE,
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "additional_chat_templates/*.jinja",
 )
-# Of tokenizers whose class comes with them. Never removed: a user's own programs are named like them.
-CODE_FILES = ("*.py",)
-# "tokenizer.*.json" is for other versions of transformers; the last two are GPT-2's form of a vocabulary.
-TOKENIZER_FILES = (
-    *SETTINGS_FILES,
-    SENTENCEPIECE_FILE,
-    FAST_FILE,
-    "tokenizer.*.json",
-    "vocab.json",
-    "merges.txt",
-)
+TEMPLATES_DIRECTORY = "additional_chat_templates"
+VOCABULARY_FILES = ("vocab.json", "merges.txt", SENTENCEPIECE_FILE, FAST_FILE)
 PREFIX_SETTING = "add_prefix_space"
 
 # transformers gives ids to special tokens that have none in this order (SpecialTokensMixin).
@@ -96,10 +89,9 @@ class TokenizerFiles:
     def fast_puts_prefix(self) -> bool:
         """Whether `tokenizer.json` puts a space before every text, or before those that start with none."""
         fast = self.fast or {}
-        normalizer, pre_tokenizer = fast.get("normalizer") or {}, fast.get("pre_tokenizer") or {}
-        steps = normalizer.get("normalizers", [normalizer])
-        return pre_tokenizer.get("prepend_scheme", "never") != "never" or any(
-            step.get("type") == "Prepend" for step in steps
+        return any(
+            step.get("type") == "Prepend" or step.get("prepend_scheme", "never") != "never"
+            for step in [*steps_of(fast.get("normalizer")), *steps_of(fast.get("pre_tokenizer"))]
         )
 
     @property
@@ -204,6 +196,70 @@ class TokenizerFiles:
         return found
 
 
+def settings_of(directory: Path) -> list[str]:
+    """The settings in a tokenizer directory, chat templates and the tokenizer's own code included.
+
+    Returns:
+        Names relative to the directory, a template's as `additional_chat_templates/NAME.jinja`.
+    """
+    names = [name for name in SETTINGS_FILES if (directory / name).is_file()]
+    names += _files_named(directory, f"{TEMPLATES_DIRECTORY}/*.jinja")
+    # All code: what a module imports is not known without running it. transformers looks nowhere deeper.
+    return names + _files_named(directory, "*.py")
+
+
+def _files_named(directory: Path, pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.glob(pattern) if path.is_file())
+
+
+def files_of_tokenizer(directory: Path) -> list[str]:
+    """Every file of the tokenizer in a directory, those first without which it can't be loaded.
+
+    Wherever a tokenizer goes, these go byte for byte: `save_pretrained` would change what it does.
+
+    Returns:
+        Names relative to the directory, as of `settings_of`.
+    """
+    vocabulary = [name for name in (*VOCABULARY_FILES, REPORT_FILE) if (directory / name).is_file()]
+    others = _files_named(directory, "tokenizer.*.json")  # for other versions of transformers
+    return [*vocabulary, *others, *settings_of(directory)]
+
+
+def read_tokenizer_contents(directory: Path) -> dict[str, bytes]:
+    """Everything that a tokenizer is, to be written elsewhere: name -> bytes, in the order above.
+
+    Only a setting that an earlier `save_pretrained` spoilt is taken out (see `has_harmful_null_prefix`).
+    """
+    contents = {name: (directory / name).read_bytes() for name in files_of_tokenizer(directory)}
+    if CONFIG_FILE in contents:
+        files = _open(directory)
+        if files.has_harmful_null_prefix:
+            contents[CONFIG_FILE] = files.config_without_prefix_setting()
+    return contents
+
+
+def is_extension(directory: Path) -> bool:
+    """Whether the tokenizer in a directory was made by init_tokenizer.py, of any version."""
+    path = directory / REPORT_FILE
+    try:
+        report = read_json(path) if path.is_file() else None
+    except UserError:
+        return False
+    return isinstance(report, dict) and "counts" in report
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Makes the tokenizer in directory `target` the one in `source`, byte for byte; other files stay."""
+    contents = read_tokenizer_contents(source)
+    stale = [name for name in files_of_tokenizer(target) if not name.endswith(".py")]  # code may be a model's
+    for name in {*stale, *contents}:
+        remove_name(target, name)
+    for name, content in contents.items():
+        with naming(target / name):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(content)
+
+
 def read_tokenizer_files(directory: Path, flag: str) -> TokenizerFiles:
     """Opens a tokenizer directory.
 
@@ -268,26 +324,14 @@ def _refuse_newer_settings(files: TokenizerFiles) -> None:
         raise UserError(problems)
 
 
-def list_tokenizer_files(directory: Path, patterns: Sequence[str] = TOKENIZER_FILES) -> list[str]:
-    """Names of the files that match, relative to the directory, sorted."""
-    found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(directory).as_posix() for path in found)
-
-
-def read_tokenizer_contents(
-    directory: Path, patterns: Sequence[str] = (*TOKENIZER_FILES, *CODE_FILES)
-) -> dict[str, bytes]:
-    """Everything that a tokenizer is, to be written elsewhere: name -> bytes.
-
-    Byte for byte, because what `save_pretrained` writes loads as another tokenizer. Only a setting that an
-    earlier `save_pretrained` spoilt is taken out again (see `has_harmful_null_prefix`).
-    """
-    contents = {name: (directory / name).read_bytes() for name in list_tokenizer_files(directory, patterns)}
-    if CONFIG_FILE in contents:
-        files = _open(directory)
-        if files.has_harmful_null_prefix:
-            contents[CONFIG_FILE] = files.config_without_prefix_setting()
-    return contents
+def steps_of(component: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The parts of a normalizer or pre-tokenizer, those of sequences one by one."""
+    if not component:
+        return []
+    if component.get("type") == "Sequence":
+        parts = component.get("pretokenizers") or component.get("normalizers") or []
+        return [step for part in parts for step in steps_of(part)]
+    return [component]
 
 
 def parse_sentencepiece(path: Path) -> Any:

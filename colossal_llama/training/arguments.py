@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from colossal_llama.tokenizer.extension import REPORT_FILE
+from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE
 from colossal_llama.utils.arguments import (
     ArgumentParser,
     add_max_length,
@@ -16,6 +17,7 @@ from colossal_llama.utils.arguments import (
     number,
     positive_int,
 )
+from colossal_llama.utils.files import objection_to_replacing
 
 PLUGINS = ("ddp", "gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
 GEMINI_PLUGINS = ("gemini", "gemini_auto")
@@ -233,7 +235,7 @@ def build_parser() -> ArgumentParser:
         "--config_file",
         type=Path,
         default=Path("config_file"),
-        help="JSON file that records the configuration",
+        help="JSON file that records the configuration; replaces no other kind of file",
     )
     parser.add_flag(
         "--dry_run",
@@ -342,11 +344,18 @@ def _check_outputs(args: argparse.Namespace) -> list[str]:
         is_file = flag == "config_file"
         if is_file and path.is_dir():
             problems.append(f"--{flag} {path}: is a directory; give the name of a file")
+        if is_file and (objection := objection_to_replacing(path, _is_configuration)):
+            problems.append(f"--{flag} {path}: {objection}")
         start = path.parent if is_file else path
         nearest = next(place for place in (start, *start.parents) if place.exists())
         if not nearest.is_dir():
             problems.append(f"--{flag} {path}: {nearest} is no directory; give another path")
     return problems
+
+
+def _is_configuration(content: Any) -> bool:
+    """Whether a run of this suite, or of the original, whose file has the bare arguments, wrote this."""
+    return isinstance(content, dict) and "pretrained" in content.get("arguments", content)
 
 
 def _check_3d(args: argparse.Namespace) -> list[str]:

@@ -40,15 +40,20 @@ _ONE_SET = "eval_loss/"
 def read_metrics(
     directory: Path, up_to_step: int | None = None, file_name: str = METRICS_FILE
 ) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, up to a step; a last line that was cut off by a kill is left out."""
+    """The records of `metrics.jsonl`, up to a step.
+
+    A last line that was cut off by a kill is left out, as is everything in a file that no run wrote.
+    """
     path = directory / file_name
     records: list[dict[str, Any]] = []
     if not path.is_file():
         return records
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
+            continue
+        if not isinstance(record, dict) or "step" not in record:
             continue
         if up_to_step is None or record["step"] <= up_to_step:
             records.append(record)
@@ -113,8 +118,8 @@ class MetricsWriter:
     """Writes the metrics of a run; made on rank 0 only.
 
     Args:
-        start_step: step that the run continues from. At 0 what an earlier run left is moved to `previous-N`;
-            otherwise metrics and TensorBoard are cut back to that step.
+        start_step: step that the run continues from. At 0, what an earlier run left is moved to `previous-N`;
+            otherwise metrics and TensorBoard are cut back to that step. What no run left is moved too.
         settings: the run's arguments, layout, data and versions, shown as text in TensorBoard.
         weights: directory that the run's weights came from. If an earlier run left them, its metrics are kept
             beside the new ones, for the picture of the stages.
@@ -131,11 +136,11 @@ class MetricsWriter:
         # Read before anything moves: a stage may use the directory of the one before.
         earlier = read_earlier_stages(weights) if weights is not None and start_step == 0 else []
         old_events = sorted(directory.glob("events.out.tfevents.*"))
-        if start_step == 0 and ((directory / METRICS_FILE).exists() or old_events):
-            _move_aside(directory, old_events)
-        else:
+        if start_step and kept:  # the run's own, drawn again up to the step that it continues from
             for path in old_events:
                 path.unlink()
+        else:
+            _move_aside(directory, old_events)
         if earlier:
             _write_earlier_stages(directory, earlier)
         self._works = True
@@ -215,11 +220,14 @@ def _write_earlier_stages(directory: Path, stages: list[list[dict[str, Any]]]) -
 
 
 def _move_aside(directory: Path, events: Iterable[Path]) -> None:
+    names = (METRICS_FILE, EARLIER_STAGES_FILE, CURVES_FILE)
+    paths = [*events, *(directory / name for name in names if (directory / name).exists())]
+    if not paths:
+        return
     number = 1
     while (directory / f"previous-{number}").exists():
         number += 1
     aside = directory / f"previous-{number}"
     aside.mkdir()
-    for path in [*events, *(directory / name for name in (METRICS_FILE, EARLIER_STAGES_FILE, CURVES_FILE))]:
-        if path.exists():
-            shutil.move(str(path), aside / path.name)
+    for path in paths:
+        shutil.move(str(path), aside / path.name)

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama.model.newer_config import adopt_earlier_names
-from colossal_llama.tokenizer.extension import REPORT_FILE
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
-from colossal_llama.tokenizer.tokenizer_files import read_tokenizer_contents
+from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE, read_tokenizer_contents
 from colossal_llama.training.generation_files import (
     GENERATION_CONFIG_FILE,
     add_end_token_ids,
@@ -132,11 +131,7 @@ def find_model_directory(name: str) -> Path:
 
 
 def _read_tokenizer(pretrained: str) -> dict[str, bytes]:
-    directory = find_model_directory(pretrained)
-    contents = read_tokenizer_contents(directory)
-    if (directory / REPORT_FILE).is_file():
-        contents[REPORT_FILE] = (directory / REPORT_FILE).read_bytes()
-    return contents
+    return read_tokenizer_contents(find_model_directory(pretrained))
 
 
 def _rehearse(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from colossal_llama.dataset.answer_ends import find_answer_ends
 from colossal_llama.dataset.dummy_dataset import RandomRows
 from colossal_llama.dataset.loader import PreparedDataset, RowSource, find_part_directories
-from colossal_llama.tokenizer.extension import REPORT_FILE
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
+from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE
 from colossal_llama.training.arguments import GEMINI_PLUGINS, new_rows_problems
 from colossal_llama.training.checkpoint import SCHEDULE_FILE, changed_layout
 from colossal_llama.training.checkpoint_directories import (

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,12 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_name(directory: Path, name: str) -> None:
+    """Removes `name`, relative to `directory`, if it is there; of what lies behind a link, the link alone."""
+    top = directory / Path(name).parts[0]
+    (top if top.is_symlink() else directory / name).unlink(missing_ok=True)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Writes aside, fsyncs, renames: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +103,25 @@ def write_text_atomically(path: Path, text: str) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def objection_to_replacing(path: Path, is_ours: Callable[[Any], bool]) -> str | None:
+    """Why a file that is there must not be replaced; None when it may be, is empty, or is not there.
+
+    Args:
+        is_ours: says of the first JSON value in a file whether the program that is to replace it wrote it.
+    """
+    if not path.is_file():  # a device such as /dev/stdout is no file either
+        return None
+    try:
+        text = path.read_text(encoding="utf-8").lstrip()
+        if not text or is_ours(json.JSONDecoder().raw_decode(text)[0]):
+            return None
+    except OSError as error:
+        return error.strerror
+    except (ValueError, TypeError):  # no JSON, no text even; or JSON of another shape than `is_ours` expects
+        pass
+    return "is there already, and this script did not write it; choose another name, or remove it first"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -334,6 +334,21 @@ def test_a_long_list_of_bad_records_is_cut(run: Prepare, tmp_path: Path) -> None
     assert "5,000 bad records" in caught.value.problems[-1]
 
 
+def test_files_of_another_program_stay(run: Prepare, tmp_path: Path, corpus: list[Path]) -> None:
+    picture, record = tmp_path / "out" / "stats.png", tmp_path / "out" / "cache" / "run.json"
+    picture.parent.mkdir()
+    picture.write_bytes(b"theirs")
+    with pytest.raises(UserError, match=r"stats\.png: is there already.*--overwrite"):
+        run(corpus)
+    assert picture.read_bytes() == b"theirs"
+    run(corpus, overwrite=True)
+    for content in ("[1]", '{"name": "theirs"}'):
+        record.write_text(content)
+        with pytest.raises(UserError, match=r"run\.json: is there already, and no preparation wrote it"):
+            run(corpus, overwrite=True)
+        assert record.read_text() == content
+
+
 def test_existing_output_is_refused_and_overwritten_when_asked(
     corpus: list[Path], run: Prepare, tmp_path: Path
 ) -> None:

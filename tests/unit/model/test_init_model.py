@@ -413,8 +413,61 @@ def test_other_weights_in_the_target_are_refused(
 ) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "model-00001-of-00002.safetensors").write_bytes(b"")
+    tokenizer = extend_tokenizer(tiny_model_dir)
     with pytest.raises(UserError, match="holds other weights"):
-        extend_model(tiny_model_dir, extend_tokenizer(tiny_model_dir), tmp_path / "target")
+        extend_model(tiny_model_dir, tokenizer, tmp_path / "target", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"],
+)
+def test_what_another_program_made_is_replaced_only_when_told(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    extend_tokenizer: Callable,
+    extend_model: Callable,
+    capsys: pytest.CaptureFixture,
+    name: str,
+) -> None:
+    """Also what stands behind a link, and a model that was trained from one of ours."""
+    tokenizer, target = extend_tokenizer(tiny_model_dir), tmp_path / "target"
+    target.mkdir()
+    if name != "tokenizer.json":
+        shutil.copyfile(tokenizer / "vocabulary_extension.json", target / "vocabulary_extension.json")
+    (tmp_path / "theirs").write_bytes(b"{}")
+    (target / name).symlink_to(tmp_path / "theirs")
+    with pytest.raises(SystemExit):
+        extend_model(tiny_model_dir, tokenizer, target)
+    error = capsys.readouterr().err
+    assert f"({name}); choose another directory, or --overwrite" in error
+    if name != "pytorch_model.bin":  # refused all the same: it might be loaded
+        extend_model(tiny_model_dir, tokenizer, target, overwrite=True)
+        extend_model(tiny_model_dir, tokenizer, target, pad_to_multiple_of=8)  # its own, without the flag
+    assert (tmp_path / "theirs").read_bytes() == b"{}"
+
+
+def test_how_a_model_was_made_is_written_first(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    extend_tokenizer: Callable,
+    extend_model: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So a run that was killed at any moment can be repeated."""
+    tokenizer, target = extend_tokenizer(tiny_model_dir), tmp_path / "target"
+    monkeypatch.setattr(init_model, "_copy_small_files", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        extend_model(tiny_model_dir, tokenizer, target)
+    assert {path.name for path in target.iterdir()} == {"model_initialization.json", "model.safetensors"}
+    monkeypatch.undo()
+    extend_model(tiny_model_dir, tokenizer, target, pad_to_multiple_of=64)
+    how = json.loads((target / "model_initialization.json").read_text())
+    report = json.loads((target / "vocabulary_extension.json").read_text())
+    assert how["dtype"] == "source"
+    assert how["kept_rows"] == report["counts"]["source_vocabulary_size"]
+    assert how["kept_rows"] + how["new_rows"] == report["counts"]["target_vocabulary_size"]
+    assert (how["kept_rows"] + how["new_rows"] + how["padding_rows"]) % 64 == 0
 
 
 def truncate(path: Path) -> None:

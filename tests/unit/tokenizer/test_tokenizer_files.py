@@ -18,6 +18,7 @@ from colossal_llama.inference import loading
 from colossal_llama.model.init_model import _copy_small_files
 from colossal_llama.tokenizer import compare_tokenizers
 from colossal_llama.tokenizer.source import open_source
+from colossal_llama.tokenizer.tokenizer_files import copy_tokenizer, files_of_tokenizer, settings_of
 from colossal_llama.training import model as training_model
 from colossal_llama.utils.errors import UserError
 
@@ -134,3 +135,62 @@ def test_added_tokens_in_another_form(
     (source / name).write_text(content)
     with pytest.raises(UserError, match=rf"{name}: its added tokens are not written"):
         READERS["extension"](source)
+
+
+# In a form that no program would write again: spacing, order, line ends, a key of someone's own.
+UNUSUAL_SETTINGS = {
+    "special_tokens_map.json": b'{"eos_token":\t"</s>",\r\n "bos_token": "<s>"  }',
+    "added_tokens.json": b"{ }",
+    "chat_template.jinja": b"{{ messages }}\r\n\n",
+    "chat_template.json": b'{"chat_template":"x"}',
+    "additional_chat_templates/tool use.jinja": "工具\r\n".encode(),
+    "additional_chat_templates/rag.jinja": b"{{ documents }}",
+    "tokenization_own.py": b"from .helper_of_own import x\r\n",
+    "helper_of_own.py": b"x = 1",
+}
+UNUSUAL_CONFIG = {
+    "own_key": {"b": [1, 2.50, None], "a": "\u00e9"},
+    "model_max_length": int(1e30),
+    "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]},
+    "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+}
+
+
+def add_unusual_settings(directory: Path) -> dict[str, bytes]:
+    """Gives a tokenizer every file that one can have; returns all of its settings."""
+    path = directory / "tokenizer_config.json"
+    config = json.dumps({**json.loads(path.read_text()), **UNUSUAL_CONFIG}, separators=(" ,", ": "))
+    contents = {**UNUSUAL_SETTINGS, "tokenizer_config.json": config.encode()}
+    for name, content in contents.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
+    return contents
+
+
+@pytest.mark.parametrize("fixture", ["llama2_tokenizer_dir", "llama3_tokenizer_dir"])
+def test_everything_but_the_vocabulary_travels_byte_for_byte(
+    request: pytest.FixtureRequest, tmp_path: Path, fixture: str
+) -> None:
+    """Into the extended tokenizer, and from there to a model that had another one."""
+    source, target, model = tmp_path / "source", tmp_path / "target", tmp_path / "model"
+    shutil.copytree(request.getfixturevalue(fixture), source)
+    contents = add_unusual_settings(source)
+    if fixture == "llama3_tokenizer_dir":  # has no <s>
+        contents["special_tokens_map.json"] = b"{\r\n}"
+        (source / "special_tokens_map.json").write_bytes(b"{\r\n}")
+    (source / "notes.txt").write_text("no part of the tokenizer")
+    assert set(settings_of(source)) == contents.keys()
+    run_extension(source, target, ["人工"])
+    assert {name: (target / name).read_bytes() for name in settings_of(target)} == contents
+    assert not (target / "notes.txt").exists()
+
+    shutil.copytree(request.getfixturevalue("llama3_tokenizer_dir"), model)
+    (model / "modeling_own.py").write_text("the model's")
+    (model / "vocab.json").write_text("{}")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "stale.jinja").write_text("")
+    copy_tokenizer(target, model)
+    expected = {name: (target / name).read_bytes() for name in files_of_tokenizer(target)}
+    assert "vocabulary_extension.json" in expected
+    expected["modeling_own.py"] = b"the model's"
+    assert {str(p.relative_to(model)): p.read_bytes() for p in model.rglob("*.*") if p.is_file()} == expected

@@ -138,6 +138,19 @@ def test_a_new_run_moves_the_old_ones_metrics_aside(tmp_path: Path) -> None:
     assert scalars(load_events(tmp_path / "previous-2"), "train/loss") == [(1, 2.0)]
 
 
+@pytest.mark.parametrize("start_step", [0, 2])
+def test_what_no_run_wrote_is_moved_aside(tmp_path: Path, start_step: int) -> None:
+    """Files of another program that have these names, be it a new run or one that continues elsewhere."""
+    names = ("metrics.jsonl", "earlier_stages.jsonl", "training_curves.png", "events.out.tfevents.1.theirs")
+    for name in names:
+        (tmp_path / name).write_bytes(b'{"epoch": 3}\n5\n\xff')
+    write(tmp_path, [make_record(3)], start_step=start_step)
+    assert {path.name for path in (tmp_path / "previous-1").iterdir()} == set(names)
+    assert all((tmp_path / "previous-1" / name).read_bytes() == b'{"epoch": 3}\n5\n\xff' for name in names)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [3]
+    assert not (tmp_path / "earlier_stages.jsonl").exists()
+
+
 def test_values_that_json_can_not_hold_are_null(tmp_path: Path) -> None:
     write(tmp_path, [make_record(1, grad_norm=math.inf)])
     line = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")

@@ -289,6 +289,30 @@ def test_outputs_that_can_not_be_written_are_named(
     parse_run(tmp_path, *(word for pair in good.items() for word in pair))
 
 
+@pytest.mark.parametrize(
+    ("content", "is_ours"),
+    [
+        ('{"arguments": {"pretrained": "m"}, "layout": {}}', True),
+        ('{"pretrained": "m", "dataset": []}', True),  # the original's
+        ("", True),
+        ('{"model_type": "llama"}', False),
+        ('{"arguments": 5}', False),
+        ("[host]\nname = 1\n", False),
+    ],
+)
+def test_a_configuration_replaces_no_other_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, is_ours: bool
+) -> None:
+    path = tmp_path / "config_file"
+    path.write_text(content)
+    if is_ours:
+        parse_run(tmp_path, "--config_file", path)
+        return
+    with pytest.raises(SystemExit):
+        parse_run(tmp_path, "--config_file", path)
+    assert f"--config_file {path}: is there already" in capsys.readouterr().err
+
+
 def test_other_ranks_stay_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as caught:

@@ -21,7 +21,9 @@ from colossal_llama.utils.files import (
     aside_path,
     locked_directory,
     naming,
+    objection_to_replacing,
     read_json,
+    remove_name,
     replace_path,
     wait_for_file,
     write_json,
@@ -191,3 +193,28 @@ def test_replacing_a_directory_by_several_at_once(tmp_path: Path) -> None:
     assert not failures
     assert [path.name for path in tmp_path.iterdir()] == ["part"]
     assert (final / "a").read_text() == (final / "b").read_text()
+
+
+def test_of_what_lies_behind_a_link_the_link_is_removed(tmp_path: Path) -> None:
+    theirs, directory = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    (theirs / "file").touch()
+    directory.mkdir()
+    (directory / "link").symlink_to(theirs)
+    (directory / "file").symlink_to(theirs / "file")
+    for name in ("link/file", "file", "nothing", "nothing/below"):
+        remove_name(directory, name)
+    assert list(directory.iterdir()) == []
+    assert (theirs / "file").exists()
+
+
+def test_what_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    assert objection_to_replacing(path, lambda _: False) is None
+    assert objection_to_replacing(Path("/dev/null"), lambda _: False) is None
+    path.write_text(" \n")
+    assert objection_to_replacing(path, lambda _: False) is None
+    path.write_text('[1]\n{"a')
+    assert objection_to_replacing(path, lambda value: value == [1]) is None
+    for is_ours in (lambda value: value == [2], lambda value: len(value[0]) == 1):
+        assert "is there already" in objection_to_replacing(path, is_ours)
