@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from colossal_llama.launch import probe
-from colossal_llama.launch.asking import Answer, Directories
+from colossal_llama.launch.ssh_probe import Answer, Directories
 from colossal_llama.utils.console import format_table
 
 GPU_IN_USE = 0.1

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from colossal_llama.launch.asking import Asker, Directories, token_file
 from colossal_llama.launch.diagnosis import find_doubts, find_problems, format_answers
 from colossal_llama.launch.hostfile import read_hostfile
+from colossal_llama.launch.ssh_probe import Directories, SshProbe, token_file
 from colossal_llama.utils.arguments import ArgumentParser, number, positive_int
 from colossal_llama.utils.console import warn
 from colossal_llama.utils.errors import UserError, run_command
@@ -81,7 +81,7 @@ def main() -> int:
     hosts, problems = (["localhost"], []) if args.hostfile is None else read_hostfile(args.hostfile)
     directories = directories_of(args.training)
     with token_file(directories.save_dir, is_needed=len(hosts) > 1) as token:
-        answers = Asker(args, hosts, directories).ask_all(token)
+        answers = SshProbe(args, hosts, directories).probe_all(token)
     print(format_answers(answers, directories), flush=True)
     for doubt in find_doubts(answers):
         warn(doubt)

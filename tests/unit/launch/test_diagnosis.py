@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from colossal_llama.launch.asking import Answer, Directories
 from colossal_llama.launch.diagnosis import find_doubts, find_problems, format_answers
 from colossal_llama.launch.preflight import build_parser, directories_of
+from colossal_llama.launch.ssh_probe import Answer, Directories
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "total": 81559, "used": 4}
 FACTS = {

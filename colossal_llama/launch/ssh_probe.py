@@ -1,4 +1,4 @@
-"""Asks every host for the pre-flight check, all at the same time."""
+"""Runs the probe of the pre-flight check on every host, all at the same time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Answer:
     problem: str | None = None
 
 
-class Asker:
+class SshProbe:
     """Runs the probe on hosts over ssh; on this machine when there is no hostfile."""
 
     def __init__(self, args: argparse.Namespace, hosts: list[str], directories: Directories) -> None:
@@ -63,7 +63,7 @@ class Asker:
         self.over_ssh = args.hostfile is not None
         self.source = Path(probe.__file__).read_text(encoding="utf-8")
 
-    def ask_all(self, token: Path | None) -> list[Answer]:
+    def probe_all(self, token: Path | None) -> list[Answer]:
         """All hosts at the same time; the first one listens until the others have tried to reach it."""
         if self.over_ssh and shutil.which("ssh") is None:
             raise UserError("ssh: not on PATH, and hosts are reached with it; install an OpenSSH client")
