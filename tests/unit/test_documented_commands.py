@@ -347,6 +347,20 @@ def test_slurm_example(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert_parses(["python", "train.py", *result.stdout.split("\0")[:-1]], capsys)
 
 
+def test_slurm_example_takes_the_first_of_many_nodes(tmp_path: Path) -> None:
+    """`head` would end before scontrol has printed them all, and the job with it, by SIGPIPE."""
+    (line,) = re.findall(r"^MASTER_ADDR=.*", SBATCH.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    script = f"""
+        set -euo pipefail
+        scontrol() {{ seq --format node%g 100000; }}
+        SLURM_JOB_NODELIST=
+        {line}
+        echo "$MASTER_ADDR"
+    """
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "node1\n")
+
+
 def test_links_of_documents_lead_somewhere() -> None:
     for document in DOCUMENTS:
         text = re.sub(
