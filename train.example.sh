@@ -6,8 +6,8 @@
 #     $EDITOR train.sh                 # the variables and flags below
 #     bash train.sh
 #
-# The same command continues from the last checkpoint of a run that was stopped. SIGTERM and Ctrl-C make every host
-# save and stop.
+# The same command continues from the last checkpoint of a run that was stopped. SIGTERM, Ctrl-C and the end of the
+# terminal make every host save and stop.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 # shellcheck source=examples/launch/launch.sh

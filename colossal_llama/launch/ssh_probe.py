@@ -47,7 +47,7 @@ class Directories:
 
 @dataclass
 class Answer:
-    """What a host said: facts, or the problem that kept it from answering."""
+    """The answer of a host: facts, or the problem that kept it from answering."""
 
     host: str
     facts: dict[str, Any] | None = None
@@ -125,7 +125,10 @@ class SshProbe:
 
 @contextlib.contextmanager
 def token_file(save_dir: str | None, is_needed: bool) -> Iterator[Path | None]:
-    """A file in `save_dir` that only shared storage shows on every host; directories made for it go again."""
+    """A file in `save_dir` that only shared storage shows on every host.
+
+    It is removed in the end, and so are the directories that were made for it.
+    """
     if save_dir is None or not is_needed:
         yield None
         return

@@ -46,7 +46,7 @@ class GracePeriods:
 
     Attributes:
         failure_seconds: to end by themselves.
-        stop_seconds: then, to end on request: as long as torchrun gives its workers, and some more.
+        stop_seconds: then, to end on request: longer than the 30 s that torchrun allows its workers.
     """
 
     failure_seconds: float = 60
