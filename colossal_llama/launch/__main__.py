@@ -22,7 +22,13 @@ from colossal_llama.launch.host_processes import HostProcesses
 from colossal_llama.launch.hostfile import read_hostfile
 from colossal_llama.launch.launch_command import LaunchCommand, read_launch_command
 from colossal_llama.launch.messages import say
-from colossal_llama.launch.supervisor import GracePeriods, Supervisor, exit_code_of, handle_stop_signals
+from colossal_llama.launch.supervisor import (
+    GracePeriods,
+    Supervisor,
+    exit_code_of,
+    handle_stop_signals,
+    ignore_stop_signals,
+)
 from colossal_llama.utils.errors import UserError, run_command
 
 # A check that is interrupted gets this long to remove its files.
@@ -105,6 +111,8 @@ def main() -> int:
         return launch(read_words(), os.environ)
     except Interrupted as interruption:
         return exit_code_of(interruption.received)
+    finally:
+        ignore_stop_signals()
 
 
 if __name__ == "__main__":

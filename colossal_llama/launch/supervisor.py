@@ -40,6 +40,12 @@ def handle_stop_signals(handle: Callable[[signal.Signals], None]) -> None:
             signal.signal(stop_signal, lambda received, _: handle(signal.Signals(received)))
 
 
+def ignore_stop_signals() -> None:
+    """For the end of the process: Python removes its handlers first, and a signal would then kill it."""
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
+
+
 @dataclass(frozen=True)
 class GracePeriods:
     """What the other hosts get when the processes of one host have failed.
@@ -55,9 +61,9 @@ class GracePeriods:
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> GracePeriods:
         """Reads `FAILURE_GRACE_SECONDS` and `STOP_GRACE_SECONDS`; empty means the default."""
+        variables = {"failure_seconds": "FAILURE_GRACE_SECONDS", "stop_seconds": "STOP_GRACE_SECONDS"}
         values, problems = {}, []
-        for field in ("failure_seconds", "stop_seconds"):
-            variable = field.replace("_seconds", "_grace_seconds").upper()
+        for field, variable in variables.items():
             text = environ.get(variable)
             if not text:
                 continue

@@ -59,21 +59,22 @@ TRAIN = """
 import os, signal, sys, time
 from pathlib import Path
 save_dir = Path(sys.argv[sys.argv.index("--save_dir") + 1])
+say = lambda line: os.write(1, (line + "\\n").encode())  # in one piece: two processes write to one pipe
 role = sys.argv[sys.argv.index("--" + os.environ["HOST"]) + 1]
 def save(*_):
     checkpoint = save_dir / "epoch-0_step-7"
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "COMPLETE").touch()
-    print("Stopped by SIGTERM after step 7; continue with --load_checkpoint latest", flush=True)
+    say("Stopped by SIGTERM after step 7; continue with --load_checkpoint latest")
     os._exit(143)
 signal.signal(signal.SIGTERM, save if role == "train" else signal.SIG_IGN)
-print(f"{os.environ['HOST']} started", flush=True)
+say(f"{os.environ['HOST']} started")
 if role == "finish":
     sys.exit(0)
 if role == "fail":
     sys.exit(3)
 for step in range(1200):
-    print(f"step {step}", flush=True)
+    say(f"step {step}")
     time.sleep(0.05)
 """
 
@@ -219,6 +220,15 @@ def test_ctrl_c_reaches_the_supervisor_alone(launch: Launch) -> None:
     assert launch.end() == 130
     assert "Ctrl-C: every process has saved and exited with code 143" in launch.text()
     assert "Traceback" not in launch.text()
+
+
+def test_signals_at_the_very_end_do_not_change_the_exit_code(launch: Launch) -> None:
+    launch.start()
+    launch.wait_for_training()
+    while launch.process.poll() is None:
+        launch.process.send_signal(signal.SIGHUP)
+        time.sleep(0.001)
+    assert launch.process.returncode == 129
 
 
 def test_a_second_signal_kills(launch: Launch) -> None:
