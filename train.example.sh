@@ -6,8 +6,8 @@
 #     $EDITOR train.sh                 # the variables and flags below
 #     bash train.sh
 #
-# The same command goes on from the last checkpoint of a run that was stopped. SIGTERM and Ctrl-C make every host
-# save and stop.
+# The same command continues from the last checkpoint of a run that was stopped. SIGTERM, Ctrl-C and the end of the
+# terminal make every host save and stop.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 # shellcheck source=examples/launch/launch.sh
@@ -21,8 +21,8 @@ PRETRAINED_MODEL_PATH=""  # model made by init_model.py, tokenizer included
 declare -a dataset=(
     # "prepared/zh/arrow/part-00000" "prepared/en/arrow" …: part directories, or arrow/ directories for all parts
 )
-HOSTFILE=""       # names of the hosts, one a line; empty: this machine alone
-NPROC_PER_NODE="" # processes on each host; empty: one a GPU, or two on a machine without
+HOSTFILE=""       # file with one host name per line; empty: this machine alone
+NPROC_PER_NODE="" # processes on each host; empty: one per GPU, or two on a machine without
 MASTER_PORT=""    # port on the first host; empty: 29500, or a free one on this machine alone
 SSH_PORT=""       # port of ssh on the hosts; empty: as ssh is configured
 
@@ -30,7 +30,12 @@ require_settings PROJECT_NAME PARENT_SAVE_DIR PARENT_TENSORBOARD_DIR PARENT_CONF
 report_problems
 
 SAVE_DIR=$PARENT_SAVE_DIR/$PROJECT_NAME
-launch_training \
+supervise colossalai run \
+    --nproc_per_node "$NPROC_PER_NODE" \
+    --hostfile "$HOSTFILE" \
+    --master_port "$MASTER_PORT" \
+    --ssh-port "$SSH_PORT" \
+    train.py \
     --pretrained "$PRETRAINED_MODEL_PATH" \
     --dataset "${dataset[@]}" \
     --plugin zero2 \

@@ -1,1 +1,1 @@
-"""Before training starts on one host or many: the hostfile, the environment, the pre-flight check."""
+"""Launching on one host or many: the hostfile, the environment, the pre-flight check, supervision."""

@@ -1,4 +1,4 @@
-"""What the pre-flight check makes of the hosts' answers: problems, doubts, and the table."""
+"""What the pre-flight check makes of the hosts' answers: problems, warnings, and the table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from colossal_llama.launch import probe
-from colossal_llama.launch.asking import Answer, Directories
+from colossal_llama.launch.ssh_probe import Answer, Directories
 from colossal_llama.utils.console import format_table
 
 GPU_IN_USE = 0.1
@@ -72,7 +72,7 @@ def _path_problems(answer: Answer, reference: Answer, directories: Directories) 
             yield (
                 f"{answer.host}: {flag} {path}: holds something else than on {reference.host} "
                 f"({found['files']:,} files, fingerprint {found['fingerprint']}, against "
-                f"{expected['files']:,}, {expected['fingerprint']}); copy it anew"
+                f"{expected['files']:,}, {expected['fingerprint']}); copy it again"
             )
     if answer.facts.get("shared") is False:
         yield (
@@ -113,12 +113,12 @@ def _interface_problems(answer: Answer) -> Iterator[str]:
     nccl = os.environ.get("NCCL_SOCKET_IFNAME")
     if nccl is not None and not any(_nccl_takes(nccl, name) for name in facts["interfaces"]):
         yield f"{answer.host}: NCCL_SOCKET_IFNAME={nccl}: leaves no interface; it has {names}"
-    # gloo listens at the address that the host's own name stands for.
+    # gloo listens on the address that the host's own name resolves to.
     if gloo is None and not facts["gpus"]:
         own = facts["own_address"]
         if own is None or own.startswith("127.") or own == "::1":
             yield (
-                f"{answer.host}: its name {facts['hostname']} stands for {own or 'no address'}, where other "
+                f"{answer.host}: its name {facts['hostname']} resolves to {own or 'no address'}, where other "
                 f"hosts can't reach it; set GLOO_SOCKET_IFNAME to one of {names}, or correct /etc/hosts there"
             )
 
@@ -151,8 +151,8 @@ def _usable_gpus(gpus: list[dict[str, Any]]) -> int:
     return len(gpus) if not visible else min(len(gpus), len(visible.split(",")))
 
 
-def find_doubts(answers: list[Answer]) -> Iterator[str]:
-    """What may be meant, and still deserves a look."""
+def find_warnings(answers: list[Answer]) -> Iterator[str]:
+    """What may be intended, but should be looked at."""
     visible = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
     kinds = set()
     for answer in answers:
@@ -173,7 +173,7 @@ def find_doubts(answers: list[Answer]) -> Iterator[str]:
 
 
 def format_answers(answers: list[Answer], directories: Directories) -> str:
-    """A line for each host."""
+    """The table, with one line per host."""
     header = (
         "host",
         "ssh",

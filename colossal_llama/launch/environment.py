@@ -1,17 +1,12 @@
-"""The environment that every host gets from the shell that launches; all else is each host's own.
-
-As a script: prints the variables as NAME=VALUE, each ended by a NUL byte, for `env -i`.
-"""
+"""The environment that every host gets from the shell that launches; all else is each host's own."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from colossal_llama.utils.errors import UserError, run_command
+from colossal_llama.utils.errors import UserError
 
 PASSED_ON = (
     "PATH",
@@ -51,13 +46,3 @@ def environment_to_pass_on(environ: Mapping[str, str]) -> dict[str, str]:
     if problems:
         raise UserError(problems)
     return chosen
-
-
-def main() -> int:
-    for name, value in environment_to_pass_on(os.environ).items():
-        sys.stdout.write(f"{name}={value}\0")
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

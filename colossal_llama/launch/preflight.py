@@ -2,7 +2,7 @@
 
     python colossal_llama/launch/preflight.py --hostfile hostfile --nproc_per_node 8 train.py --pretrained …
 
-takes the words of `colossalai run`. Each host is asked over ssh, all at the same time, by `probe.py`.
+takes the options of `colossalai run`. `probe.py` runs on all hosts at the same time, over ssh.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from colossal_llama.launch.asking import Asker, Directories, token_file
-from colossal_llama.launch.diagnosis import find_doubts, find_problems, format_answers
+from colossal_llama.launch.diagnosis import find_problems, find_warnings, format_answers
 from colossal_llama.launch.hostfile import read_hostfile
+from colossal_llama.launch.ssh_probe import Directories, SshProbe, token_file
 from colossal_llama.utils.arguments import ArgumentParser, number, positive_int
 from colossal_llama.utils.console import warn
 from colossal_llama.utils.errors import UserError, run_command
@@ -23,7 +23,10 @@ INPUT_FLAGS = ("--pretrained", "--dataset", "--eval_dataset", "--load_checkpoint
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="preflight.py", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--hostfile", type=Path, default=None, help="hosts, a name a line; this machine alone when not given"
+        "--hostfile",
+        type=Path,
+        default=None,
+        help="file with one host name per line; this machine alone when not given",
     )
     parser.add_argument(
         "--nproc_per_node",
@@ -81,10 +84,10 @@ def main() -> int:
     hosts, problems = (["localhost"], []) if args.hostfile is None else read_hostfile(args.hostfile)
     directories = directories_of(args.training)
     with token_file(directories.save_dir, is_needed=len(hosts) > 1) as token:
-        answers = Asker(args, hosts, directories).ask_all(token)
+        answers = SshProbe(args, hosts, directories).probe_all(token)
     print(format_answers(answers, directories), flush=True)
-    for doubt in find_doubts(answers):
-        warn(doubt)
+    for warning in find_warnings(answers):
+        warn(warning)
     problems += find_problems(answers, args, directories)
     if problems:
         raise UserError(problems)

@@ -1,4 +1,4 @@
-"""Looks at one host for the pre-flight check, and prints what it finds as a line of JSON.
+"""Examines one host for the pre-flight check, and prints what it finds as one line of JSON.
 
 The check sends this file's source to each host, so it needs nothing but Python's standard library there. Its
 only argument is a JSON object: `workdir`; `paths`, directories to fingerprint; `token`, a file that shared

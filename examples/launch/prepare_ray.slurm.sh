@@ -3,8 +3,8 @@
 #
 #     sbatch examples/launch/prepare_ray.slurm.sh
 #
-# Clone, environment, input and output have to be on storage that all nodes share. A job that was stopped goes on
-# where it stopped when it is submitted again.
+# Clone, environment, input and output have to be on storage that all nodes share. A job that was stopped
+# continues where it stopped when it is submitted again.
 #SBATCH --job-name=prepare
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=1

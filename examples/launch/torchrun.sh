@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One host's part of a run on several hosts, by plain torchrun and without ssh. Run it on every host, with the same
-# arguments (those of train.py) and a NODE_RANK of its own:
+# arguments (those of train.py) and a different NODE_RANK:
 #
 #     MASTER_ADDR=host-a NNODES=2 NODE_RANK=0 bash examples/launch/torchrun.sh --pretrained … --dataset …    # host-a
 #     MASTER_ADDR=host-a NNODES=2 NODE_RANK=1 bash examples/launch/torchrun.sh --pretrained … --dataset …    # host-b
@@ -9,7 +9,7 @@
 #     MASTER_PORT      a free port there (29500)
 #     NNODES           hosts
 #     NODE_RANK        this host's number, from 0
-#     NPROC_PER_NODE   processes on this host (one a GPU, or two on a machine without)
+#     NPROC_PER_NODE   processes on this host (one per GPU, or two on a machine without)
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 

@@ -44,65 +44,6 @@ def test_example_trains_once_its_variables_are_filled_in(example, clone, trainin
     assert json.loads(lines[-1])["step"] == len(lines) > 0
 
 
-def test_what_hosts_say_is_understood_in_pieces(tmp_path):
-    """`colossalai run` prints pieces of 1000 bytes from each host in turn, whole lines or not."""
-    for said, stopped, failed in (
-        ("Stopped by SIGTERM after step 5; continue with --load_checkpoint latest\n", True, ""),
-        ("Stopped by SIGTEother hostRM after step 5; continue with --load_checkpoint latest\n", True, ""),
-        ("Stopped by SIGTERM after step 5; contiother\nhostnue with --load_checkpoint latest\n", True, ""),
-        ("failed to make it writable, and continue with --load_checkpoint latest\n", False, ""),
-        ("exitcoError: failed to run torchrun --x on y on host-b, is localhost: False\n", False, "host-b"),
-    ):
-        script = "source examples/launch/launch.sh; trap : USR1; run_state=$1; relay_output"
-        for left_over in tmp_path.iterdir():
-            left_over.unlink()
-        relayed = subprocess.run(
-            ["bash", "-c", script, "bash", tmp_path],
-            cwd=ROOT,
-            input=said,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert relayed.stdout == said
-        assert (tmp_path / "stopped").exists() == stopped, said
-        assert (tmp_path / "failed").exists() == bool(failed), said
-        assert not failed or (tmp_path / "failed").read_text() == failed + "\n"
-
-
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_processes_of_the_run_are_found_whatever_the_names(locale, tmp_path):
-    """The environment and save_dir may have spaces and Chinese in their paths; another run is left alone."""
-    python = tmp_path / "my 环境" / "bin" / "python3"
-    python.parent.mkdir(parents=True)
-    python.symlink_to(Path(sys.executable).resolve())
-    (tmp_path / "train.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
-    (tmp_path / "torchrun").symlink_to("train.py")
-    directories = ["所有 runs/trial", "所有 runs/trial2", "runs/trial"]
-    commands = [["-u", "train.py", "--save_dir", name] for name in directories]
-    commands += [[str(tmp_path / "torchrun"), "--x", "train.py", f"--save_dir={directories[0]}", "--lr", "1"]]
-    processes = [
-        subprocess.Popen([python, *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        for words in commands
-    ]
-    try:
-        assert all(process.stdout.readline() == "ready\n" for process in processes)
-        script = "source examples/launch/launch.sh; save_dir=$1; "
-        for before, ended in (("-u ", [0]), ("([^ ]*|/.*/)torchrun .*", [0, 3])):
-            # The other host's locale is not the script's.
-            signal_them = f"command=$(signal_command TERM '{before}'); LC_ALL=C.UTF-8 bash -c \"$command\""
-            words = ["bash", "-c", script + signal_them, "bash", directories[0]]
-            subprocess.run(words, cwd=ROOT, env={**environment(), "LC_ALL": locale}, check=True)
-            for number in ended:
-                assert processes[number].wait(timeout=10) == -signal.SIGTERM
-            running = [number for number, process in enumerate(processes) if process.poll() is None]
-            assert running == [number for number in range(4) if number not in ended]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 @pytest.mark.parametrize(
     ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGHUP, 129)]
 )

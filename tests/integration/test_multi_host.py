@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -121,8 +122,9 @@ class Launch:
     def press_ctrl_c(self) -> None:
         """SIGINT for the script's process group, as a terminal sends it."""
         for pid in self.hosts[0].pids():
-            if os.getpgid(pid) == self.process.pid:
-                os.kill(pid, signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):  # others come and go
+                if os.getpgid(pid) == self.process.pid:
+                    os.kill(pid, signal.SIGINT)
 
 
 @pytest.fixture

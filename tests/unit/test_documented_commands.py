@@ -223,7 +223,7 @@ def test_readme_has_the_commands_of_quickstart(quickstart_commands: list[list[st
 
 @pytest.mark.parametrize("example", ["train.example.sh", "train_sft.example.sh"])
 def test_shell_examples(example: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The example with its variables filled in, and a launcher that prints what it is given."""
+    """The example with its variables filled in, and its command printed."""
     text = (ROOT / example).read_text(encoding="utf-8")
     for name in (
         "PROJECT_NAME",
@@ -237,13 +237,28 @@ def test_shell_examples(example: str, tmp_path: Path, capsys: pytest.CaptureFixt
     text = text.replace(
         "declare -a dataset=(\n", 'declare -a dataset=(\n"data 1/arrow" "data 2/arrow/part-00000"\n'
     )
-    text = re.sub(r"^launch_training ", r"printf '%s\\0' ", text, flags=re.MULTILINE)
+    text = re.sub(r"^supervise ", r"printf '%s\\0' ", text, flags=re.MULTILINE)
     (tmp_path / example).write_text(text, encoding="utf-8")
     shutil.copytree(ROOT / "examples/launch", tmp_path / "examples/launch")
     result = subprocess.run(["bash", example], capture_output=True, text=True, check=True)
-    arguments = result.stdout.split("\0")[:-1]
-    assert "data 2/arrow/part-00000" in arguments
-    assert_parses(["python", "train.py", *arguments], capsys)
+    words = result.stdout.split("\0")[:-1]
+    script = words.index("train.py")
+    assert words[:script] == [
+        *(
+            "colossalai",
+            "run",
+            "--nproc_per_node",
+            "",
+            "--hostfile",
+            "",
+            "--master_port",
+            "",
+            "--ssh-port",
+            "",
+        )
+    ]
+    assert "data 2/arrow/part-00000" in words
+    assert_parses(["python", *words[script:]], capsys)
 
 
 def test_examples_name_everything_that_is_missing() -> None:
@@ -345,6 +360,20 @@ def test_slurm_example(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     text = text.partition("# Slurm runs a copy")[0] + "printf '%s\\0' \"${flags[@]}\"\n"
     result = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
     assert_parses(["python", "train.py", *result.stdout.split("\0")[:-1]], capsys)
+
+
+def test_slurm_example_takes_the_first_of_many_nodes(tmp_path: Path) -> None:
+    """`head` would end before scontrol has printed them all, and the job with it, by SIGPIPE."""
+    (line,) = re.findall(r"^MASTER_ADDR=.*", SBATCH.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    script = f"""
+        set -euo pipefail
+        scontrol() {{ seq --format node%g 100000; }}
+        SLURM_JOB_NODELIST=
+        {line}
+        echo "$MASTER_ADDR"
+    """
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "node1\n")
 
 
 def test_links_of_documents_lead_somewhere() -> None:

@@ -1,4 +1,4 @@
-"""What the pre-flight check makes of answers that no test machine gives: GPUs, firewalls, odd names."""
+"""What the pre-flight check makes of answers that no test machine has: GPUs, firewalls, odd names."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from colossal_llama.launch.asking import Answer, Directories
-from colossal_llama.launch.diagnosis import find_doubts, find_problems, format_answers
+from colossal_llama.launch.diagnosis import find_problems, find_warnings, format_answers
 from colossal_llama.launch.preflight import build_parser, directories_of
+from colossal_llama.launch.ssh_probe import Answer, Directories
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "total": 81559, "used": 4}
 FACTS = {
@@ -48,7 +48,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_good_hosts_have_no_problems() -> None:
     assert problems_of(answers(), "--nproc_per_node", "2") == []
-    assert list(find_doubts(answers())) == []
+    assert list(find_warnings(answers())) == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_on_a_cpu_a_host_must_be_reachable_under_its_own_name(monkeypatch: pytes
     loopback = {"gpus": [], "own_address": "127.0.1.1"}
     assert problems_of(answers({"gpus": []}, {"gpus": []})) == []
     (problem,) = problems_of(answers({"gpus": []}, loopback))
-    assert problem.startswith("b: its name a stands for 127.0.1.1, where other hosts can't reach it")
+    assert problem.startswith("b: its name a resolves to 127.0.1.1, where other hosts can't reach it")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     assert problems_of(answers({"gpus": []}, loopback)) == []
 
@@ -123,14 +123,14 @@ def test_gpus_that_are_chosen_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_host_without_pkill_deserves_a_look() -> None:
-    (doubt,) = find_doubts(answers(None, {"pkill": None}))
+    (doubt,) = find_warnings(answers(None, {"pkill": None}))
     assert doubt.startswith("b: no pkill there")
 
 
-def test_doubts_and_the_table() -> None:
+def test_warnings_and_the_table() -> None:
     busy = {**GPU, "used": 40960}
     found = answers(None, {"gpus": [GPU, busy, {**GPU, "name": "NVIDIA A100"}]})
-    assert list(find_doubts(found)) == [
+    assert list(find_warnings(found)) == [
         "b: GPU 1 has 40.0 of 79.6 GiB in use",
         "different GPUs (NVIDIA A100, NVIDIA H100 80GB HBM3): each step waits for the slowest",
     ]

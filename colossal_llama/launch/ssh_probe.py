@@ -1,4 +1,4 @@
-"""Asks every host for the pre-flight check, all at the same time."""
+"""Runs the probe of the pre-flight check on every host, all at the same time."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Directories:
 
 @dataclass
 class Answer:
-    """What a host said: facts, or the problem that kept it from answering."""
+    """The answer of a host: facts, or the problem that kept it from answering."""
 
     host: str
     facts: dict[str, Any] | None = None
     problem: str | None = None
 
 
-class Asker:
+class SshProbe:
     """Runs the probe on hosts over ssh; on this machine when there is no hostfile."""
 
     def __init__(self, args: argparse.Namespace, hosts: list[str], directories: Directories) -> None:
@@ -63,7 +63,7 @@ class Asker:
         self.over_ssh = args.hostfile is not None
         self.source = Path(probe.__file__).read_text(encoding="utf-8")
 
-    def ask_all(self, token: Path | None) -> list[Answer]:
+    def probe_all(self, token: Path | None) -> list[Answer]:
         """All hosts at the same time; the first one listens until the others have tried to reach it."""
         if self.over_ssh and shutil.which("ssh") is None:
             raise UserError("ssh: not on PATH, and hosts are reached with it; install an OpenSSH client")
@@ -125,7 +125,10 @@ class Asker:
 
 @contextlib.contextmanager
 def token_file(save_dir: str | None, is_needed: bool) -> Iterator[Path | None]:
-    """A file in `save_dir` that only shared storage shows on every host; directories made for it go again."""
+    """A file in `save_dir` that only shared storage shows on every host.
+
+    It is removed in the end, and so are the directories that were made for it.
+    """
     if save_dir is None or not is_needed:
         yield None
         return
