@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 
 from colossal_llama.training.loss import IGNORE_INDEX
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import read_json
+from colossal_llama.utils.files import read_json_object
 
 PREPARED_FILE = "prepared.json"
 # The kernel maps at most 65,530 files into a process unless told otherwise, and an open part takes memory.
@@ -123,6 +122,9 @@ class PreparedDataset:
             self.starts[number + 1] = self.starts[number]
             try:
                 table = self._table(number)
+            except UserError as error:
+                problems += [f"{flag} {problem}; prepare the data again" for problem in error.problems]
+                continue
             except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
                 problems.append(f"{flag} {path}: cannot be read ({type(error).__name__}: {error})")
                 continue
@@ -196,7 +198,7 @@ class PreparedDataset:
 
 def _open_part(path: Path) -> pa.Table:
     """Maps what `datasets.save_to_disk` laid out; that library takes several times as long."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = read_json_object(path / "state.json")
     tables = []
     for file in state["_data_files"]:
         with pa.memory_map(str(path / file["filename"])) as mapped:
@@ -228,7 +230,10 @@ def _check_part(
         ]
     if not (path / PREPARED_FILE).is_file() or tokenizer_fingerprint is None:
         return []
-    prepared = read_json(path / PREPARED_FILE)
+    try:
+        prepared = read_json_object(path / PREPARED_FILE)
+    except UserError as error:
+        return [f"{flag} {problem}; prepare the data again" for problem in error.problems]
     if prepared.get("tokenizer_fingerprint") != tokenizer_fingerprint:
         return [
             f"{flag} {path}: was prepared with another tokenizer (fingerprint "

@@ -47,7 +47,7 @@ from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
 from colossal_llama.utils.console import log, progress_bar
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import locked_directory, naming, read_json, remove_path, write_json
+from colossal_llama.utils.files import locked_directory, naming, read_json_object, remove_path, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -248,7 +248,9 @@ def _claim_output(settings: Settings, run_key: str) -> str:
     Only names that preparation itself gives are ever removed. Returns an id of this run: what is left of
     earlier ones on other machines may not write any more.
     """
-    is_same_run = settings.run_file.exists() and read_json(settings.run_file).get("run_key") == run_key
+    is_same_run = False
+    with contextlib.suppress(UserError):  # missing or damaged: of another run
+        is_same_run = read_json_object(settings.run_file).get("run_key") == run_key
     is_complete = settings.stats_path.exists()
     parts = [
         path

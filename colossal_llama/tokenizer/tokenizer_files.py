@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import read_json
+from colossal_llama.utils.files import json_type, read_json, read_json_object
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
 # Copied as they are when a tokenizer is extended.
 SETTINGS_FILES = (
     CONFIG_FILE,
     SPECIAL_TOKENS_FILE,
-    "added_tokens.json",
+    ADDED_TOKENS_FILE,
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -36,6 +38,8 @@ _SPECIAL_TOKEN_NAMES = (
     "mask_token",
     "additional_special_tokens",
 )
+
+_OTHER_FORM = "its added tokens are not written as transformers writes them; save the tokenizer again"
 
 
 @dataclass
@@ -128,7 +132,7 @@ class TokenizerFiles:
         try:
             for key, token in (self.config.get("added_tokens_decoder") or {}).items():
                 declared.append((origin, token["content"], int(key)))
-            origin = "added_tokens.json"
+            origin = ADDED_TOKENS_FILE
             if (self.directory / origin).exists():
                 for content, token_id in read_json(self.directory / origin).items():
                     declared.append((origin, content, int(token_id)))
@@ -136,10 +140,7 @@ class TokenizerFiles:
             for token in (self.fast or {}).get("added_tokens", []):
                 declared.append((origin, token["content"], int(token["id"])))
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{self.directory / origin}: its added tokens are not written as transformers writes them; "
-                "save the tokenizer again"
-            ) from None
+            raise UserError(f"{self.directory / origin}: {_OTHER_FORM}") from None
         return declared
 
     def special_token_strings(self) -> list[str]:
@@ -167,14 +168,11 @@ def read_tokenizer_files(directory: Path, flag: str) -> TokenizerFiles:
         missing.insert(0, f"{SENTENCEPIECE_FILE} (LLaMA-2) or {FAST_FILE} (LLaMA-3)")
     if missing:
         raise UserError(f"{flag} {directory}: not a tokenizer directory, {' and '.join(missing)} missing")
-    contents = []
-    for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
-        path = directory / name
-        content = read_json(path) if path.exists() else {}
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: not a JSON object")
-        contents.append(content)
     refuse_newer_settings(directory)
+    contents = [
+        read_json_object(directory / name) if (directory / name).exists() else {}
+        for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE)
+    ]
     return TokenizerFiles(directory, *contents)
 
 
@@ -182,13 +180,12 @@ def refuse_newer_settings(directory: str | Path) -> None:
     """Does nothing where `directory` is none, but the name of something on the hub for instance.
 
     Raises:
-        UserError: it holds a tokenizer with settings that transformers 4 can't load.
+        UserError: it holds a tokenizer with damaged files, or with settings that transformers 4 can't load.
     """
-    path = Path(directory) / CONFIG_FILE
-    config = read_json(path) if path.is_file() else {}
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    problems = []
+    contents, problems = _read_settings(Path(directory))
+    if problems:
+        raise UserError(problems)
+    path, config = Path(directory) / CONFIG_FILE, contents.get(CONFIG_FILE, {})
     if config.get("tokenizer_class") == "TokenizersBackend":
         problems.append(f"{path}: only transformers 5 knows TokenizersBackend; write PreTrainedTokenizerFast")
     if isinstance(config.get("extra_special_tokens"), list):
@@ -198,6 +195,39 @@ def refuse_newer_settings(directory: str | Path) -> None:
         )
     if problems:
         raise UserError(problems)
+
+
+def _read_settings(directory: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The small JSON files of a tokenizer by name, and what keeps the libraries from reading its files.
+
+    Byte order marks are refused: transformers and vLLM do not take them, and tokenizer files are copied as
+    they are into every model and checkpoint.
+    """
+    contents, problems = {}, []
+    for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, FAST_FILE):
+        path = directory / name
+        if not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            has_mark = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        if has_mark:
+            problems.append(
+                f"{path}: begins with a byte order mark, which tokenizer libraries do not take; save it as "
+                "UTF-8 without one"
+            )
+        elif name != FAST_FILE:  # large, and the library that reads it says what is wrong
+            try:
+                value = read_json(path)
+            except UserError as error:
+                problems += [f"{problem}; copy the tokenizer again" for problem in error.problems]
+                continue
+            if isinstance(value, dict):
+                contents[name] = value
+            elif name == ADDED_TOKENS_FILE:
+                problems.append(f"{path}: {_OTHER_FORM}")
+            else:
+                problems.append(f"{path}: not a JSON object but {json_type(value)}; copy the tokenizer again")
+    return contents, problems
 
 
 def parse_sentencepiece(path: Path) -> Any:

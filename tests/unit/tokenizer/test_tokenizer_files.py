@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +81,25 @@ def test_added_tokens_in_another_form(
     (source / name).write_text(content)
     with pytest.raises(UserError, match=rf"{name}: its added tokens are not written"):
         READERS["extension"](source)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"[]", "(not a JSON object but an array; copy|its added tokens are not written)"),
+        (b"null", "(not a JSON object but null; copy|its added tokens are not written)"),
+        (b'{\n"a" 1}', r":2: not valid JSON \(.*\); copy the tokenizer again"),
+        (b"\xff\xfe{", r"not UTF-8 text \(byte 0\); copy the tokenizer again"),
+        (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
+    ],
+)
+def test_damaged_json_is_named_whoever_reads_it(
+    llama2_tokenizer_dir: Path, tmp_path: Path, reader: str, name: str, content: bytes, complaint: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama2_tokenizer_dir, source)
+    (source / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(source / name))}.*{complaint}"):
+        READERS[reader](source)

@@ -19,11 +19,14 @@ from hypothesis import strategies as st
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import (
     aside_path,
+    lock_holder,
     locked_directory,
     naming,
     read_json,
+    read_json_object,
     replace_path,
     wait_for_file,
+    why_not_writable,
     write_json,
     write_text_atomically,
 )
@@ -191,3 +194,42 @@ def test_replacing_a_directory_by_several_at_once(tmp_path: Path) -> None:
     assert not failures
     assert [path.name for path in tmp_path.iterdir()] == ["part"]
     assert (final / "a").read_text() == (final / "b").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"[]", r": not a JSON object but an array"),
+        (b"null", r": not a JSON object but null"),
+        (b"7", r": not a JSON object but a number"),
+        (b"9" * 5000, r": not valid JSON \(a number too long"),
+        (b"[" * 100_000, r": not valid JSON \("),
+    ],
+)
+def test_what_is_no_object_is_named(tmp_path: Path, content: bytes, complaint: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_json_object(path)
+    assert str(path) in caught.value.problems[0]
+
+
+def test_a_byte_order_mark_before_json_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json") == read_json_object(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_directory_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
+    assert why_not_writable(tmp_path) is None
+    assert why_not_writable(tmp_path / "a" / "b") is None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    assert why_not_writable(tmp_path / "file" / "a") == f"{tmp_path / 'file'}: Not a directory"
+    assert why_not_writable(Path("/proc/a")).startswith("/proc: ")
+
+
+def test_the_holder_of_a_lock(tmp_path: Path) -> None:
+    assert lock_holder(tmp_path / "none") is None
+    with locked_directory(tmp_path, "a test"):
+        assert f"process {os.getpid()} on " in lock_holder(tmp_path)
+    assert lock_holder(tmp_path) is None
