@@ -25,9 +25,9 @@ def main() -> int:
 
 
 def dry_run(args: argparse.Namespace) -> int:
-    """Checks arguments, model configuration and data in one process, and prints the plan."""
+    """Checks in one process what a run checks before its first step, and prints the plan."""
     from colossal_llama.training.plan import check_layout, dry_run_world_size, format_plan, make_plan
-    from colossal_llama.training.setup import open_inputs
+    from colossal_llama.training.setup import check_run, open_inputs
     from colossal_llama.utils.console import log
 
     world_size = dry_run_world_size(args)
@@ -35,7 +35,9 @@ def dry_run(args: argparse.Namespace) -> int:
     problems = check_layout(args, inputs.config, world_size)
     if problems:
         raise UserError(problems)
-    log(format_plan(make_plan(args, inputs.config, inputs.source, world_size), args))
+    plan = make_plan(args, inputs.config, inputs.source, world_size)
+    check_run(args, inputs, plan)
+    log(format_plan(plan, args))
     return 0
 
 
@@ -75,7 +77,7 @@ def train(args: argparse.Namespace, stop) -> int:
         strategy = Strategy(args)
         log(setup.describe_kernels(strategy))
         setup.boost_model(args, strategy, inputs, checkpoint, stage_weights)
-        setup.check_adapter_base(args, strategy, checkpoint, settings)
+        setup.check_adapter_base(args, strategy.parameter_dtype, strategy.loaded_sums, checkpoint, settings)
         writer = CheckpointWriter(
             args.save_dir,
             strategy,

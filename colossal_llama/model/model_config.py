@@ -83,12 +83,19 @@ def load_model_config(name: str, where: str, trust_remote_code: bool) -> Pretrai
         UserError: a value is wrong. Errors of transformers itself are passed on.
     """
     from transformers import AutoConfig
+    from transformers.activations import ACT2FN
 
     accept_byte_order_marks()
     config_file = find_model_file(name, CONFIG_FILE)
     if config_file is not None:
         _read_checked(config_file, find_model_file(name, GENERATION_CONFIG_FILE), where)
-    return adopt_earlier_names(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+    config = adopt_earlier_names(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+    if config.model_type == "llama" and config.hidden_act not in ACT2FN:
+        raise UserError(
+            f"{where}: {CONFIG_FILE}: hidden_act {_shown(config.hidden_act)}: unknown to transformers; "
+            'LLaMA has "silu"'
+        )
+    return config
 
 
 def outside_vocabulary(token_id: int | None, vocab_size: int | None) -> bool:

@@ -20,7 +20,7 @@ from colossal_llama.model.model_config import (
     load_model_config,
     outside_vocabulary,
 )
-from colossal_llama.model.weight_files import check_index
+from colossal_llama.model.weight_files import check_index, find_shards, iterate_chunks, open_shard
 from colossal_llama.tokenizer.tokenizer_files import refuse_newer_settings
 from colossal_llama.training.attention import install_attention
 from colossal_llama.training.loss import next_token_loss_sum, plain_next_token_loss_sum
@@ -105,6 +105,75 @@ def load_causal_lm(weights: str, config: LlamaConfig, dtype: torch.dtype, flag: 
     if problems:
         raise UserError(problems[:20])
     return model
+
+
+def check_weights(
+    weights: str, config: LlamaConfig, flag: str, dtype: torch.dtype | None = None
+) -> dict[str, float] | None:
+    """What `load_causal_lm` would say of local weights, from the headers of their files alone.
+
+    Args:
+        dtype: also read all tensors, in this dtype.
+
+    Returns:
+        The sum of each tensor's values by name where `dtype` is given.
+    """
+    from transformers import LlamaForCausalLM
+
+    if not Path(weights).is_dir():
+        return None  # of the hub: the run loads it
+    try:
+        with every_row_trains(config), torch.device("meta"):
+            model = LlamaForCausalLM(config)
+    except Exception as error:
+        raise UserError(f"{flag} {weights}: the model cannot be built ({_first_line(error)})") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, tuple[int, ...]] = {}
+    sums: dict[str, float] = {}
+    for path in find_shards(Path(weights), flag):
+        try:
+            found |= _read_shapes(path, dtype, sums)
+        except UserError as error:
+            raise UserError([f"{flag} {problem}" for problem in error.problems]) from None
+    if not any(name.startswith(("model.", "lm_head.")) for name in found):  # of a model without a head
+        found = {f"model.{name}": shape for name, shape in found.items()}
+        sums = {f"model.{name}": value for name, value in sums.items()}
+    sums = {name: value for name, value in sums.items() if name in expected}
+    missing = expected.keys() - found.keys()
+    if config.tie_word_embeddings:  # one matrix under either name, counted once
+        tied = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in found]
+        if tied:
+            missing -= {"model.embed_tokens.weight", "lm_head.weight"}
+        for name in tied[1:]:
+            sums.pop(name, None)
+    problems = [f"{flag} {weights}: tensor {name} is missing" for name in sorted(missing)]
+    problems += [
+        f"{flag} {weights}: tensor {name} has another shape, {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        raise UserError(problems[:20])
+    return sums if dtype is not None else None
+
+
+def _read_shapes(path: Path, dtype: torch.dtype | None, sums: dict[str, float]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a file of weights; with `dtype`, their sums go into `sums`."""
+    shard = open_shard(path)
+    try:
+        metadata = getattr(shard, "metadata", None)
+        if metadata and metadata.get("format") not in ("pt", "mlx"):  # other libraries' own
+            raise UserError(
+                f"{path}: its header says format {metadata.get('format')!r}; save it again with "
+                'metadata={"format": "pt"}'
+            )
+        if dtype is not None:
+            for name, tensor in shard.tensors.items():
+                chunks = (shard.read(name, c.start, c.stop) for c in iterate_chunks(tensor))
+                sums[name] = math.fsum(float(chunk.to(dtype).double().sum()) for chunk in chunks)
+        return {name: tensor.shape for name, tensor in shard.tensors.items()}
+    finally:
+        shard.close()
 
 
 def random_causal_lm(config: LlamaConfig, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:

@@ -38,6 +38,11 @@ Batch = dict[str, torch.Tensor]
 Phase = Callable[[str], contextlib.AbstractContextManager]
 
 
+def parameter_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Of the model's parameters while training; only ddp keeps fp32 ones beside half precision."""
+    return torch.float32 if args.plugin == "ddp" else TORCH_DTYPES[args.mixed_precision]
+
+
 @dataclass(frozen=True)
 class ShardPlace:
     """What of the model and the optimizer this process holds.
@@ -81,7 +86,7 @@ class Strategy:
             else torch.device("cpu")
         )
         self.compute_dtype = TORCH_DTYPES[args.mixed_precision]
-        self.parameter_dtype = torch.float32 if args.plugin == "ddp" else self.compute_dtype
+        self.parameter_dtype = parameter_dtype(args)
         self.max_norm = args.grad_clip or NO_CLIPPING
         self.plugin = self._make_plugin()
         from colossalai.booster import Booster

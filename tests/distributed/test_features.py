@@ -224,7 +224,7 @@ def run_plain(*arguments: object, **extra: str) -> subprocess.CompletedProcess:
 
 
 def test_dry_run_plans_seven_billion_parameters_on_64_gpus(tmp_path, training_inputs):
-    """One process without a GPU; the model directory needs no weights."""
+    """One process without a GPU; for the speed of a shape, the model directory needs no weights."""
     config = json.loads((training_inputs.model / "config.json").read_text())
     config.update(
         hidden_size=4096,
@@ -240,7 +240,7 @@ def test_dry_run_plans_seven_billion_parameters_on_64_gpus(tmp_path, training_in
         if not path.name.startswith("model"):
             (large / path.name).write_bytes(path.read_bytes())
     (large / "config.json").write_text(json.dumps(config))
-    data = ["--dataset", training_inputs.data, "--max_length", 96, "--accumulation_steps", 1]
+    data = ["--benchmark", "--max_length", 96, "--accumulation_steps", 1]
     finished = run_plain("--pretrained", large, *data, "--dry_run", "--plugin", "gemini", WORLD_SIZE="64")
     assert finished.returncode == 0, finished.stderr
     assert "64" in finished.stdout
