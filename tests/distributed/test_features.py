@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,12 +27,19 @@ def load(directory):
 
 @pytest.mark.parametrize("layout", [["--tp", 2], ["--pp", 2]])
 def test_frozen_model_trains_its_embeddings_only(layout, tmp_path, training_inputs):
+    """The row of `<s>` too, though a configuration that calls it padding would freeze it."""
+    model = Path(shutil.copytree(training_inputs.model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "pad_token_id": 1}))
     flags = ["--plugin", "3d", *layout, "--mixed_precision", "fp32", "--freeze_non_embeds_params"]
-    run = train(tmp_path, 2, *training_inputs.flags(), *SHORT, *flags)
+    run = train(tmp_path, 2, *training_inputs.flags(), "--pretrained", model, *SHORT, *flags)
     assert run.returncode == 0, run.output[-3000:]
+    assert json.loads((run.save_dir / "modeling" / "config.json").read_text())["pad_token_id"] == 1
     before, after = load(training_inputs.model).state_dict(), load(run.save_dir / "modeling").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
+    name = "model.embed_tokens.weight"
+    assert (after[name] - before[name])[1].abs().max() > 1e-4, "more than weight decay alone"
     shards = list((run.save_dir / "epoch-0_step-3" / "optimizer").glob("*.safetensors"))
     from safetensors import safe_open
 
