@@ -25,10 +25,9 @@ def main() -> int:
 
 
 def dry_run(args: argparse.Namespace) -> int:
-    """Checks arguments, model configuration and data in one process, and prints the plan."""
-    from colossal_llama.training.checkpoint_directories import resolve_checkpoint
+    """Checks in one process what a run checks before its first step, and prints the plan."""
     from colossal_llama.training.plan import check_layout, dry_run_world_size, format_plan, make_plan
-    from colossal_llama.training.setup import find_adapter_base, open_inputs, prepare_files
+    from colossal_llama.training.setup import check_run, open_inputs
     from colossal_llama.utils.console import log
 
     world_size = dry_run_world_size(args)
@@ -36,12 +35,9 @@ def dry_run(args: argparse.Namespace) -> int:
     problems = check_layout(args, inputs.config, world_size)
     if problems:
         raise UserError(problems)
-    # The checksums of a checkpoint are left to the run: they take as long as reading all of it.
-    checkpoint, weights = resolve_checkpoint(args.load_checkpoint, args.save_dir, lambda _: None)
-    if checkpoint is not None:
-        weights = find_adapter_base(args, checkpoint)
-    prepare_files(args, inputs, checkpoint, weights)
-    log(format_plan(make_plan(args, inputs.config, inputs.source, world_size), args))
+    plan = make_plan(args, inputs.config, inputs.source, world_size)
+    check_run(args, inputs, plan)
+    log(format_plan(plan, args))
     return 0
 
 
@@ -82,7 +78,7 @@ def train(args: argparse.Namespace, stop) -> int:
         strategy = Strategy(args)
         log(setup.describe_kernels(strategy))
         setup.boost_model(args, strategy, inputs, checkpoint, stage_weights, files)
-        setup.check_adapter_base(args, strategy, checkpoint, settings)
+        setup.check_adapter_base(args, strategy.parameter_dtype, strategy.loaded_sums, checkpoint, settings)
         writer = CheckpointWriter(
             args.save_dir,
             strategy,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import json
+import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,12 +28,14 @@ from colossal_llama.dataset.storage import (
 )
 from colossal_llama.utils.console import log, warn
 from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import json_type
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # Names of files that may well be meant as input, though they are not read.
 SIMILAR_NAME = re.compile(r"[^.].*\.(jsonl?|jsonlines|ndjson|parquet|csv|tsv)(\.\w+)?", re.IGNORECASE)
 MAX_NAMED_FILES = 20
 UTF8_BOM = b"\xef\xbb\xbf"
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 # Small enough that a small corpus keeps every worker busy to the end, and never more shards than that.
 MIN_SHARD_BYTES = 2 << 20
 MAX_SHARDS = 16384
@@ -195,13 +199,42 @@ def parse_object(line: bytes) -> dict[str, Any]:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         try:
-            line.decode("utf-8")
+            text = line.decode("utf-8")
         except UnicodeDecodeError as decode_error:
             raise BadRecord("not UTF-8", f"not UTF-8 text (byte {decode_error.start})") from None
-        raise BadRecord("not valid JSON", f"not valid JSON ({error.msg}, column {error.colno})") from None
+        reason = _find_foreign_value(text) or f"{error.msg}, column {error.colno}"
+        raise BadRecord("not valid JSON", f"not valid JSON ({reason})") from None
     if not isinstance(value, dict):
         raise BadRecord("not a JSON object", f"not a JSON object but {json_type(value)}")
     return value
+
+
+def _find_foreign_value(text: str) -> str | None:
+    """Names the value of a line that Python's library writes and reads, and JSON does not have."""
+    try:
+        value = json.loads(text, parse_int=float)  # whole numbers have a limit of their own
+    except (ValueError, RecursionError):
+        return None
+    return _describe_foreign(value, "")
+
+
+def _describe_foreign(value: Any, where: str) -> str | None:
+    if isinstance(value, dict):
+        inside = [(f"{where}.{key}" if where else key, item) for key, item in value.items()]
+        return _describe_foreign(list(value), f"a name in {where or 'the record'}") or _first_foreign(inside)
+    if isinstance(value, list):
+        return _first_foreign((f"{where}[{number}]", item) for number, item in enumerate(value))
+    if isinstance(value, str) and (found := _LONE_SURROGATE.search(value)):
+        half = f"\\u{ord(found.group()):04x}"
+        return f"{where!r} holds half of a surrogate pair, {half}; write the whole pair or remove it"
+    if isinstance(value, float) and not math.isfinite(value):
+        what = "NaN" if math.isnan(value) else "infinite, or too large a number"
+        return f"{where!r} is {what}; write null, or the record without it"
+    return None
+
+
+def _first_foreign(items: Iterable[tuple[str, Any]]) -> str | None:
+    return next((found for where, item in items if (found := _describe_foreign(item, where))), None)
 
 
 def take_string(record: dict[str, Any], field: str) -> str:
@@ -214,14 +247,6 @@ def take_string(record: dict[str, Any], field: str) -> str:
             f"'{field}' missing", f"'{field}' is missing (compulsory; found {_field_names(record)})"
         )
     raise BadRecord(f"'{field}' not a string", f"'{field}' is {json_type(value)}, not a string")
-
-
-def json_type(value: Any) -> str:
-    """What JSON calls the type of a value, with an article."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
-    return names.get(type(value), "an object")
 
 
 def _field_names(record: dict[str, Any]) -> str:

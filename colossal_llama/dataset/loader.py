@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ import torch
 from colossal_llama.dataset.labels import without_first_tokens
 from colossal_llama.training.loss import IGNORE_INDEX
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import read_json
+from colossal_llama.utils.files import read_json_object
 
 PREPARED_FILE = "prepared.json"
+_COLUMNS = ("input_ids", "labels", "document_lengths")
 # The kernel maps at most 65,530 files into a process unless told otherwise, and an open part takes memory.
 MAX_OPEN_PARTS = 4096
 # 4 MB of row numbers, or 8: what a core's cache holds.
@@ -124,6 +124,9 @@ class PreparedDataset:
             self.starts[number + 1] = self.starts[number]
             try:
                 table = self._table(number)
+            except UserError as error:
+                problems += [f"{flag} {problem}; prepare the data again" for problem in error.problems]
+                continue
             except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
                 problems.append(f"{flag} {path}: cannot be read ({type(error).__name__}: {error})")
                 continue
@@ -133,7 +136,8 @@ class PreparedDataset:
                 continue
             self.starts[number + 1] += len(table)
             problems.extend(_check_part(path, table, need_documents, tokenizer_fingerprint, flag))
-            nulls = [name for name in ("input_ids", "labels") if table.column(name).null_count]
+            columns = [name for name in _COLUMNS if name in table.column_names]
+            nulls = [name for name in columns if table.column(name).null_count]
             if nulls:
                 problems.append(f"{flag} {path}: has rows without {' and '.join(nulls)}")
                 continue
@@ -190,6 +194,23 @@ class PreparedDataset:
             document_lengths = np.array([len(input_ids)])
         return Row(input_ids, _values(table, "labels", row), document_lengths)
 
+    def find_bad_row(self, vocab_size: int, need_documents: bool) -> str | None:
+        """The first row that the collator would refuse, of bins that other programs made."""
+        for number, path in enumerate(self.paths):
+            if (path / PREPARED_FILE).is_file():
+                continue  # made with this tokenizer, whose tokens the model has
+            table = self._table(number)
+            lengths = _row_lengths(table, "input_ids")
+            suspects = [_row_extremes(table, "input_ids", np.minimum) < 0]
+            suspects.append(_row_extremes(table, "input_ids", np.maximum) >= vocab_size)
+            if need_documents:
+                suspects.append(_row_extremes(table, "document_lengths", np.add) != lengths)
+            for row in np.flatnonzero(np.any(suspects, axis=0)):
+                index = int(self.starts[number]) + int(row)
+                if problem := find_row_problem(self, index, self[index], vocab_size, need_documents):
+                    return problem
+        return None
+
     def describe_row(self, index: int) -> str:
         part, row = self._locate(index)
         return f"{self.paths[part]} row {row}"
@@ -197,7 +218,7 @@ class PreparedDataset:
 
 def _open_part(path: Path) -> pa.Table:
     """Maps what `datasets.save_to_disk` laid out; that library takes several times as long."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = read_json_object(path / "state.json")
     tables = []
     for file in state["_data_files"]:
         with pa.memory_map(str(path / file["filename"])) as mapped:
@@ -219,6 +240,39 @@ def _row_lengths(table: pa.Table, column: str) -> np.ndarray:
     return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int32)
 
 
+def _row_extremes(table: pa.Table, column: str, combine: np.ufunc) -> np.ndarray:
+    """The smallest or largest value of each row, or its sum, [rows]; 0 for an empty row."""
+    results = [np.zeros(0, dtype=np.int64)]
+    for chunk in table.column(column).chunks:
+        lengths = np.from_dlpack(chunk.value_lengths())
+        combined = np.zeros(len(lengths), dtype=np.int64)
+        filled = np.flatnonzero(lengths)
+        if len(filled):
+            starts = (np.cumsum(lengths) - lengths)[filled]
+            combined[filled] = combine.reduceat(np.from_dlpack(chunk.flatten()), starts, dtype=np.int64)
+        results.append(combined)
+    return np.concatenate(results)
+
+
+def find_row_problem(
+    source: RowSource, index: int, row: Row, vocab_size: int, need_documents: bool
+) -> str | None:
+    """What keeps a row from being trained on, or None."""
+    outside = row.input_ids[(row.input_ids < 0) | (row.input_ids >= vocab_size)]
+    if len(outside):
+        return (
+            f"{source.describe_row(index)}: holds token {int(outside[0])}, but the model has {vocab_size} "
+            "embeddings; it was prepared with another tokenizer"
+        )
+    num_tokens, total = len(row.input_ids), int(row.document_lengths.sum())
+    if need_documents and num_tokens and total != num_tokens:
+        return (
+            f"{source.describe_row(index)}: document_lengths sum to {total}, the row has {num_tokens} "
+            "tokens; prepare the data again"
+        )
+    return None
+
+
 def _check_part(
     path: Path, table: pa.Table, need_documents: bool, tokenizer_fingerprint: str | None, flag: str
 ) -> list[str]:
@@ -229,7 +283,10 @@ def _check_part(
         ]
     if not (path / PREPARED_FILE).is_file() or tokenizer_fingerprint is None:
         return []
-    prepared = read_json(path / PREPARED_FILE)
+    try:
+        prepared = read_json_object(path / PREPARED_FILE)
+    except UserError as error:
+        return [f"{flag} {problem}; prepare the data again" for problem in error.problems]
     if prepared.get("tokenizer_fingerprint") != tokenizer_fingerprint:
         return [
             f"{flag} {path}: was prepared with another tokenizer (fingerprint "
@@ -413,19 +470,12 @@ class Collator:
             if content is None or len(content.input_ids) == 0:
                 continue
             n = len(content.input_ids)
-            outside = content.input_ids[(content.input_ids < 0) | (content.input_ids >= self.vocab_size)]
-            if len(outside):
-                raise UserError(
-                    f"{self.source.describe_row(rows[i])}: holds token {int(outside[0])}, but the model "
-                    f"has {self.vocab_size} embeddings; it was prepared with another tokenizer"
-                )
+            if problem := find_row_problem(
+                self.source, rows[i], content, self.vocab_size, self.isolate_documents
+            ):
+                raise UserError(problem)
             lengths = content.document_lengths if self.isolate_documents else np.array([n])
             starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-            if int(lengths.sum()) != n:
-                raise UserError(
-                    f"{self.source.describe_row(rows[i])}: document_lengths sum to {int(lengths.sum())}, "
-                    f"the row has {n} tokens; prepare the data again"
-                )
             input_ids[i, :n] = content.input_ids
             labels[i, : n - 1] = without_first_tokens(content.labels, lengths)[1:]
             position_ids[i, :n] -= np.repeat(starts, lengths)

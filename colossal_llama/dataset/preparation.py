@@ -252,7 +252,9 @@ def _claim_output(settings: Settings, run_key: str) -> str:
     Only names that preparation itself gives are ever removed. Returns an id of this run: what is left of
     earlier ones on other machines may not write any more.
     """
-    run = read_json(settings.run_file) if settings.run_file.exists() else {}
+    run: Any = {}
+    with contextlib.suppress(UserError):  # missing or damaged: of another run
+        run = read_json(settings.run_file)
     if not isinstance(run, dict) or (run and "run_key" not in run):
         raise UserError(
             f"{settings.run_file}: is there already, and no preparation wrote it; use another directory"

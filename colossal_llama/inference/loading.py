@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import find_adapter_config_file
 
 from colossal_llama.inference.arguments import model_name
-from colossal_llama.model.newer_config import adopt_earlier_names
+from colossal_llama.model.model_config import load_model_config, outside_vocabulary
+from colossal_llama.model.weight_files import check_index
 from colossal_llama.tokenizer.tokenizer_files import check_settings
 from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +85,9 @@ def choose_dtype(
 
 def find_context_length(config: PretrainedConfig) -> int:
     """Positions that the model's rotary embedding covers."""
-    scaling = getattr(config, "rope_scaling", None) or {}
+    scaling = getattr(config, "rope_scaling", None)
+    if not isinstance(scaling, dict):
+        return int(config.max_position_embeddings)
     rope_type = scaling.get("rope_type", scaling.get("type"))
     factor = scaling.get("factor", 1.0) if rope_type in STRETCHED_ROPE_TYPES else 1.0
     return int(config.max_position_embeddings * factor)
@@ -105,7 +107,12 @@ def load_model(
     base = name if adapter_config is None else _find_base_model(name, Path(adapter_config))
     where = f"--model_path {name}" + ("" if adapter_config is None else f": base model {base}")
     with loading_errors(where, base):
-        config = adopt_earlier_names(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code))
+        config = load_model_config(base, where, trust_remote_code)
+        if Path(base).is_dir():
+            check_index(Path(base), where)
+        # torch refuses to build an embedding with one.
+        if outside_vocabulary(config.pad_token_id, getattr(config, "vocab_size", None)):
+            config.pad_token_id = None
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         dtype = choose_dtype(dtype_name, device, config.torch_dtype, empty.num_parameters())
@@ -156,7 +163,9 @@ def loading_errors(where: str, source: str | None = None) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise UserError(f"{where}: the GPU's memory is full; use --dtype bf16, or --device cpu") from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make any of them
         what = "can't be loaded"
         if source is not None and not Path(source).exists():
             what = "no such directory here, and it can't be had from the Hugging Face hub"
@@ -179,9 +188,12 @@ def _refuse_incomplete(where: str, missing: list[str]) -> None:
 def _find_base_model(adapter: str, config_file: Path) -> str:
     """The base model that an adapter names; `UserError` when it is a directory that is not there."""
     try:
-        base = json.loads(config_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        values = read_json_object(config_file)
+        base = values["base_model_name_or_path"]
         return model_name(base)
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except UserError as error:
+        raise UserError(f"--model_path {adapter}: {error}; copy the adapter again") from None
+    except (KeyError, TypeError):
         problem = "names no base model"
     except ValueError as error:
         problem = f"base model {base}: {error}"

@@ -11,13 +11,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from colossal_llama.model.model_config import CONFIG_FILE, GENERATION_CONFIG_FILE
 from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import ArgumentParser, existing_directory, positive_int
 from colossal_llama.utils.console import format_table, log, progress_bar
 from colossal_llama.utils.errors import UserError, run_command
 
-CONFIG_FILE = "config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
 # Says how the embeddings were made, and that the model in the directory is this script's. Training, which
 # copies vocabulary_extension.json, leaves none.
 INITIALIZATION_FILE = "model_initialization.json"
@@ -111,16 +110,14 @@ def main() -> None:
     args = build_parser().parse_args()
 
     from colossal_llama.model.embedding_extension import plan_rows
+    from colossal_llama.model.model_config import read_model_config
     from colossal_llama.model.model_extension import check_embeddings, read_layout
     from colossal_llama.model.weight_files import find_shards
     from colossal_llama.tokenizer.subtokens import encode_tokens, token_table
     from colossal_llama.tokenizer.tokenizer_files import read_tokenizer_files
-    from colossal_llama.utils.files import read_json
 
     source = args.source_model_and_tokenizer_path
-    config = read_json(source / CONFIG_FILE)
-    if not isinstance(config, dict):
-        raise UserError(f"{source / CONFIG_FILE}: not a JSON object, so not the configuration of a model")
+    config = read_model_config(source, f"--source_model_and_tokenizer_path {source}")
     source_tokenizer = read_tokenizer_files(source, "--source_model_and_tokenizer_path")
     target_tokenizer = read_tokenizer_files(args.target_tokenizer_path, "--target_tokenizer_path")
     layout = read_layout(find_shards(source, "--source_model_and_tokenizer_path"))
@@ -191,6 +188,9 @@ def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, p
     _copy_small_files(args)
     if len(names) > 1:
         write_json(target / SAFETENSORS_INDEX, index_of(written))
+    pad_token_id = config.get("pad_token_id")
+    if pad_token_id is not None and pad_token_id >= config.get("vocab_size", 0):
+        config = {**config, "pad_token_id": None}  # none so far; a new row has that number now
     config = {**config, **earlier_names(config), "vocab_size": plan.num_rows}
     if dtype is not None:
         config["torch_dtype"] = FLOAT_DTYPES[dtype]
@@ -227,8 +227,9 @@ def _copy_small_files(args: argparse.Namespace) -> None:
         copy_tokenizer(args.target_tokenizer_path, target)
     generation = args.source_model_and_tokenizer_path / GENERATION_CONFIG_FILE
     if generation.exists():
+        content = generation.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a mark that other programs refuse
         (target / GENERATION_CONFIG_FILE).unlink(missing_ok=True)  # not through a link
-        shutil.copyfile(generation, target / GENERATION_CONFIG_FILE)
+        (target / GENERATION_CONFIG_FILE).write_bytes(content)
 
 
 def summarise(args: argparse.Namespace, source_rows: int, plan: Any) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import read_json
+from colossal_llama.utils.files import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_SINGLE = "model.safetensors"
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
+# In the order of preference of `from_pretrained`.
+_WEIGHT_NAMES = ((SAFETENSORS_SINGLE, SAFETENSORS_INDEX), (BIN_SINGLE, BIN_INDEX))
 
 CHUNK_BYTES = 32 * 2**20
 _HEADER_ALIGNMENT = 8
@@ -202,24 +204,37 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name in _ITEM_BYTES if torch_dtype(name) is dtype)
 
 
+def check_index(directory: Path, flag: str) -> None:
+    """Raises `UserError` where the index of a model's shards is damaged; none at all is no error here."""
+    if any((directory / name).exists() for names in _WEIGHT_NAMES for name in names):
+        find_shards(directory, flag)
+
+
+def _read_index(path: Path) -> list[Path]:
+    """The shards that an index names."""
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{path}: no weight_map in it")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{path}: its weight_map names files by something else than strings; copy it again")
+    paths = [path.parent / name for name in sorted(set(weight_map.values()))]
+    missing = [shard.name for shard in paths if not shard.exists()]
+    if missing:
+        raise UserError(f"{path}: names {', '.join(missing)}, which the directory lacks")
+    return paths
+
+
 def find_shards(directory: Path, flag: str) -> list[Path]:
     """The weight files of a Hugging Face model directory, in the order of preference of `from_pretrained`.
 
     Raises:
         UserError: there are none, or the index names files that are missing.
     """
-    for single, index in ((SAFETENSORS_SINGLE, SAFETENSORS_INDEX), (BIN_SINGLE, BIN_INDEX)):
+    for single, index in _WEIGHT_NAMES:
         if (directory / single).exists():
             return [directory / single]
         if (directory / index).exists():
-            content = read_json(directory / index)
-            if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
-                raise UserError(f"{directory / index}: no weight_map in it")
-            paths = [directory / name for name in sorted(set(content["weight_map"].values()))]
-            missing = [path.name for path in paths if not path.exists()]
-            if missing:
-                raise UserError(f"{directory / index}: names {', '.join(missing)}, which the directory lacks")
-            return paths
+            return _read_index(directory / index)
     raise UserError(
         f"{flag} {directory}: no model weights ({SAFETENSORS_SINGLE}, {BIN_SINGLE} or an index of shards)"
     )

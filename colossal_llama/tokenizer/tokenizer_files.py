@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from colossal_llama.utils.console import warn
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import naming, read_json, remove_name
+from colossal_llama.utils.files import json_type, naming, read_json, read_json_object, remove_name
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
@@ -20,11 +21,12 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 # Names of the new rows of a model and how they came about, written by init_tokenizer.py; it goes with the
 # tokenizer through every stage.
 REPORT_FILE = "vocabulary_extension.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
 # What does not depend on the vocabulary, so an extended tokenizer has the source's.
 SETTINGS_FILES = (
     CONFIG_FILE,
     SPECIAL_TOKENS_FILE,
-    "added_tokens.json",
+    ADDED_TOKENS_FILE,
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -43,6 +45,8 @@ _SPECIAL_TOKEN_NAMES = (
     "mask_token",
     "additional_special_tokens",
 )
+
+_OTHER_FORM = "its added tokens are not written as transformers writes them; save the tokenizer again"
 
 
 @dataclass
@@ -171,7 +175,7 @@ class TokenizerFiles:
         try:
             for key, token in (self.config.get("added_tokens_decoder") or {}).items():
                 declared.append((origin, token["content"], int(key)))
-            origin = "added_tokens.json"
+            origin = ADDED_TOKENS_FILE
             if (self.directory / origin).exists():
                 for content, token_id in read_json(self.directory / origin).items():
                     declared.append((origin, content, int(token_id)))
@@ -179,10 +183,7 @@ class TokenizerFiles:
             for token in (self.fast or {}).get("added_tokens", []):
                 declared.append((origin, token["content"], int(token["id"])))
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{self.directory / origin}: its added tokens are not written as transformers writes them; "
-                "save the tokenizer again"
-            ) from None
+            raise UserError(f"{self.directory / origin}: {_OTHER_FORM}") from None
         return declared
 
     def special_token_strings(self) -> list[str]:
@@ -274,19 +275,15 @@ def read_tokenizer_files(directory: Path, flag: str) -> TokenizerFiles:
         missing.insert(0, f"{SENTENCEPIECE_FILE} (LLaMA-2) or {FAST_FILE} (LLaMA-3)")
     if missing:
         raise UserError(f"{flag} {directory}: not a tokenizer directory, {' and '.join(missing)} missing")
-    files = _open(directory)
-    _refuse_newer_settings(files)
-    return files
+    _refuse_newer_settings(directory)
+    return _open(directory)
 
 
 def _open(directory: Path) -> TokenizerFiles:
-    contents = []
-    for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
-        path = directory / name
-        content = read_json(path) if path.is_file() else {}
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: not a JSON object")
-        contents.append(content)
+    contents = [
+        read_json_object(directory / name) if (directory / name).exists() else {}
+        for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE)
+    ]
     return TokenizerFiles(directory, *contents)
 
 
@@ -297,12 +294,12 @@ def check_settings(directory: str | Path) -> None:
     where `directory` is none, but the name of something on the hub for instance.
 
     Raises:
-        UserError: it holds a tokenizer with settings that transformers 4 can't load.
+        UserError: it holds a tokenizer with damaged files, or with settings that transformers 4 can't load.
     """
+    _refuse_newer_settings(Path(directory))
     if not (Path(directory) / CONFIG_FILE).is_file():
         return
     files = _open(Path(directory))
-    _refuse_newer_settings(files)
     if files.has_harmful_null_prefix:
         warn(
             f'{files.directory / CONFIG_FILE}: "{PREFIX_SETTING}": null makes transformers\' slow tokenizer '
@@ -311,11 +308,14 @@ def check_settings(directory: str | Path) -> None:
         )
 
 
-def _refuse_newer_settings(files: TokenizerFiles) -> None:
-    path, problems = files.directory / CONFIG_FILE, []
-    if files.config.get("tokenizer_class") == "TokenizersBackend":
+def _refuse_newer_settings(directory: Path) -> None:
+    contents, problems = _read_settings(directory)
+    if problems:
+        raise UserError(problems)
+    path, config = directory / CONFIG_FILE, contents.get(CONFIG_FILE, {})
+    if config.get("tokenizer_class") == "TokenizersBackend":
         problems.append(f"{path}: only transformers 5 knows TokenizersBackend; write PreTrainedTokenizerFast")
-    if isinstance(files.config.get("extra_special_tokens"), list):
+    if isinstance(config.get("extra_special_tokens"), list):
         problems.append(
             f"{path}: only transformers 5 takes a list of extra_special_tokens; call it "
             "additional_special_tokens"
@@ -332,6 +332,39 @@ def steps_of(component: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
         parts = component.get("pretokenizers") or component.get("normalizers") or []
         return [step for part in parts for step in steps_of(part)]
     return [component]
+
+
+def _read_settings(directory: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The small JSON files of a tokenizer by name, and what keeps the libraries from reading its files.
+
+    Byte order marks are refused: transformers and vLLM do not take them, and tokenizer files are copied as
+    they are into every model and checkpoint.
+    """
+    contents, problems = {}, []
+    for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, FAST_FILE):
+        path = directory / name
+        if not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            has_mark = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        if has_mark:
+            problems.append(
+                f"{path}: begins with a byte order mark, which tokenizer libraries do not take; save it as "
+                "UTF-8 without one"
+            )
+        elif name != FAST_FILE:  # large, and the library that reads it says what is wrong
+            try:
+                value = read_json(path)
+            except UserError as error:
+                problems += [f"{problem}; copy the tokenizer again" for problem in error.problems]
+                continue
+            if isinstance(value, dict):
+                contents[name] = value
+            elif name == ADDED_TOKENS_FILE:
+                problems.append(f"{path}: {_OTHER_FORM}")
+            else:
+                problems.append(f"{path}: not a JSON object but {json_type(value)}; copy the tokenizer again")
+    return contents, problems
 
 
 def parse_sentencepiece(path: Path) -> Any:

@@ -240,7 +240,7 @@ def build_parser() -> ArgumentParser:
     parser.add_flag(
         "--dry_run",
         default=False,
-        help="check everything, print the plan, train nothing; one process",
+        help="check what a run checks before its first step, print the plan, train nothing; one process",
         group=output,
     )
     parser.add_flag(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from colossal_llama.training.saving import checksum_file
 from colossal_llama.training.state import TrainState
 from colossal_llama.utils.console import log, warn
 from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import read_json_object
 
 COMPLETE_FILE = "COMPLETE"
 STATE_FILE = "running_states.json"
@@ -53,13 +53,16 @@ def find_damage(checkpoint: Path, share: int = 0, num_shares: int = 1) -> str | 
         share, num_shares: looks at one of so many shares of the files, of about the same number of bytes.
     """
     try:
-        expected = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        expected = read_json_object(checkpoint / COMPLETE_FILE)
+        largest_first = sorted(
+            ((name, int(size), checksum) for name, (size, checksum) in expected.items()),
+            key=lambda item: -item[1],
+        )
+    except (OSError, UserError, TypeError, ValueError):
         return (
             f"{checkpoint / COMPLETE_FILE} cannot be read: the checkpoint was never finished, or is damaged"
         )
-    largest_first = sorted(expected.items(), key=lambda item: -item[1][0])
-    for name, (size, checksum) in largest_first[share::num_shares]:
+    for name, size, checksum in largest_first[share::num_shares]:
         path = checkpoint / name
         if not path.is_file():
             return f"{path} is missing"

@@ -12,7 +12,7 @@ from typing import Any
 
 from colossal_llama.training.checkpoint_directories import STATE_FILE, list_checkpoints
 from colossal_llama.utils.console import warn
-from colossal_llama.utils.files import read_json, write_text_atomically
+from colossal_llama.utils.files import read_json_object, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
 EARLIER_STAGES_FILE = "earlier_stages.jsonl"
@@ -53,8 +53,8 @@ def read_metrics(
             record = json.loads(line)
         except ValueError:
             continue
-        if not isinstance(record, dict) or "step" not in record:
-            continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            continue  # nothing that this program wrote
         if up_to_step is None or record["step"] <= up_to_step:
             records.append(record)
     return records
@@ -73,7 +73,7 @@ def read_earlier_stages(weights: Path) -> list[list[dict[str, Any]]]:
     # Beside a `modeling/` directory: its checkpoint's own state, or in `save_dir` the newest checkpoint's.
     checkpoints = [weights.parent, *reversed(list_checkpoints(weights.parent))]
     states = [path / STATE_FILE for path in checkpoints if (path / STATE_FILE).is_file()]
-    saved = read_json(states[0]) if states else {}
+    saved = read_json_object(states[0]) if states else {}
     if "state" not in saved:
         return []  # weights from elsewhere, or a checkpoint of the original suite
     last, directory = saved["state"], Path(saved["arguments"]["tensorboard_dir"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from colossal_llama.model.newer_config import adopt_earlier_names
+from colossal_llama.model.model_config import (
+    GENERATION_CONFIG_FILE,
+    accept_byte_order_marks,
+    find_model_file,
+    load_model_config,
+    outside_vocabulary,
+)
+from colossal_llama.model.weight_files import check_index, find_shards, iterate_chunks, open_shard
 from colossal_llama.tokenizer.tokenizer_files import check_settings
 from colossal_llama.training.attention import install_attention
 from colossal_llama.training.loss import next_token_loss_sum, plain_next_token_loss_sum
@@ -29,14 +38,13 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
     """Reads the model's configuration; raises `UserError` when it is not a LLaMA."""
-    from transformers import AutoConfig
-
+    where = f"--pretrained {path}"
     try:
-        config = adopt_earlier_names(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+        config = load_model_config(path, where, trust_remote_code)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can make any of them
-        raise UserError(
-            f"--pretrained {path}: cannot be read as a Hugging Face model ({_first_line(error)})"
-        ) from None
+        raise UserError(f"{where}: cannot be read as a Hugging Face model ({_first_line(error)})") from None
     if config.model_type != "llama":
         raise UserError(
             f"--pretrained {path}: is a {config.model_type} model; this suite trains llama models"
@@ -78,10 +86,19 @@ def load_causal_lm(weights: str, config: LlamaConfig, dtype: torch.dtype, flag: 
     """
     from transformers import LlamaForCausalLM
 
+    accept_byte_order_marks()
+    if Path(weights).is_dir():
+        check_index(Path(weights), flag)
     try:
-        model, info = LlamaForCausalLM.from_pretrained(
-            weights, config=config, torch_dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
+        with every_row_trains(config) as restore:
+            model, info = LlamaForCausalLM.from_pretrained(
+                weights,
+                config=config,
+                torch_dtype=dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+            restore(model, find_model_file(weights, GENERATION_CONFIG_FILE) is None)
     except Exception as error:
         raise UserError(f"{flag} {weights}: the weights cannot be loaded ({_first_line(error)})") from None
     problems = [f"{flag} {weights}: tensor {name} is missing" for name in sorted(info["missing_keys"])]
@@ -91,13 +108,113 @@ def load_causal_lm(weights: str, config: LlamaConfig, dtype: torch.dtype, flag: 
     return model
 
 
+def check_weights(
+    weights: str, config: LlamaConfig, flag: str, dtype: torch.dtype | None = None
+) -> dict[str, float] | None:
+    """What `load_causal_lm` would say of local weights, from the headers of their files alone.
+
+    Args:
+        dtype: also read all tensors, in this dtype.
+
+    Returns:
+        The sum of each tensor's values by name where `dtype` is given.
+    """
+    from transformers import LlamaForCausalLM
+
+    if not Path(weights).is_dir():
+        return None  # of the hub: the run loads it
+    try:
+        with every_row_trains(config), torch.device("meta"):
+            model = LlamaForCausalLM(config)
+    except Exception as error:
+        raise UserError(f"{flag} {weights}: the model cannot be built ({_first_line(error)})") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, tuple[int, ...]] = {}
+    sums: dict[str, float] = {}
+    for path in find_shards(Path(weights), flag):
+        try:
+            found |= _read_shapes(path, dtype, sums)
+        except UserError as error:
+            raise UserError([f"{flag} {problem}" for problem in error.problems]) from None
+    if not any(name.startswith(("model.", "lm_head.")) for name in found):  # of a model without a head
+        found = {f"model.{name}": shape for name, shape in found.items()}
+        sums = {f"model.{name}": value for name, value in sums.items()}
+    sums = {name: value for name, value in sums.items() if name in expected}
+    missing = expected.keys() - found.keys()
+    if config.tie_word_embeddings:  # one matrix under either name, counted once
+        tied = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in found]
+        if tied:
+            missing -= {"model.embed_tokens.weight", "lm_head.weight"}
+        for name in tied[1:]:
+            sums.pop(name, None)
+    problems = [f"{flag} {weights}: tensor {name} is missing" for name in sorted(missing)]
+    problems += [
+        f"{flag} {weights}: tensor {name} has another shape, {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        raise UserError(problems[:20])
+    return sums if dtype is not None else None
+
+
+def _read_shapes(path: Path, dtype: torch.dtype | None, sums: dict[str, float]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a file of weights; with `dtype`, their sums go into `sums`."""
+    shard = open_shard(path)
+    try:
+        metadata = getattr(shard, "metadata", None)
+        if metadata and metadata.get("format") not in ("pt", "mlx"):  # other libraries' own
+            raise UserError(
+                f"{path}: its header says format {metadata.get('format')!r}; save it again with "
+                'metadata={"format": "pt"}'
+            )
+        if dtype is not None:
+            for name, tensor in shard.tensors.items():
+                chunks = (shard.read(name, c.start, c.stop) for c in iterate_chunks(tensor))
+                sums[name] = math.fsum(float(chunk.to(dtype).double().sum()) for chunk in chunks)
+        return {name: tensor.shape for name, tensor in shard.tensors.items()}
+    finally:
+        shard.close()
+
+
 def random_causal_lm(config: LlamaConfig, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
     """A model with random weights, the same on every rank, for benchmarks of a shape without weights."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
     config.torch_dtype = dtype
-    return LlamaForCausalLM._from_config(config, torch_dtype=dtype, attn_implementation="sdpa")
+    with every_row_trains(config) as restore:
+        model = LlamaForCausalLM._from_config(config, torch_dtype=dtype, attn_implementation="sdpa")
+        restore(model, True)
+    return model
+
+
+@contextlib.contextmanager
+def every_row_trains(config: LlamaConfig) -> Iterator[Callable[[LlamaForCausalLM, bool], None]]:
+    """Makes `from_pretrained` build an embedding without a row for padding.
+
+    `pad_token_id` becomes the embedding's `padding_idx`, whose row gets no gradient, in colossalai's sharded
+    embeddings too: 2 would freeze `</s>`, -1 the last piece. Padding needs no such row: it has no loss.
+
+    The context gives a function that writes the value back, so that what is saved holds it as before. It
+    takes the model, and whether the model's generation configuration was derived from `config`.
+    """
+    from transformers import GenerationConfig
+
+    pad_token_id = config.pad_token_id
+
+    def restore(model: LlamaForCausalLM, generation_of_config: bool) -> None:
+        model.config.pad_token_id = pad_token_id
+        if generation_of_config and not outside_vocabulary(pad_token_id, config.vocab_size):
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+        if outside_vocabulary(model.generation_config.pad_token_id, config.vocab_size):
+            model.generation_config.pad_token_id = None  # with -1, transformers refuses to save it
+
+    config.pad_token_id = None
+    try:
+        yield restore
+    finally:
+        config.pad_token_id = pad_token_id
 
 
 def freeze_all_but_embeddings(model: LlamaForCausalLM) -> None:

@@ -30,6 +30,7 @@ from colossal_llama.training.checkpoint_directories import (
 from colossal_llama.training.interruption import StopRequest
 from colossal_llama.training.model import (
     add_lora,
+    check_weights,
     freeze_all_but_embeddings,
     is_embedding,
     is_weights_directory,
@@ -46,10 +47,20 @@ from colossal_llama.training.throughput import ThroughputMeter
 from colossal_llama.utils import quiet
 from colossal_llama.utils.console import log, warn
 from colossal_llama.utils.errors import UserError, is_main_process
-from colossal_llama.utils.files import locked_directory, read_json, write_json
+from colossal_llama.utils.files import (
+    in_use_message,
+    lock_holder,
+    locked_directory,
+    read_json,
+    why_not_writable,
+    write_json,
+)
 from colossal_llama.utils.lean_imports import lean_imports
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
     from colossal_llama.training.checkpoint import CheckpointWriter
@@ -58,6 +69,7 @@ if TYPE_CHECKING:
     from colossal_llama.training.strategy import Strategy
 
 BENCHMARK_WARMUP_STEPS = 3
+_LOCK_PURPOSE = "a training run"
 # Arguments that may differ between a run and its resumption; any other change is an error that names it.
 _FREE_ARGUMENTS = {
     "load_checkpoint",
@@ -231,18 +243,34 @@ def lock_save_dir(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> No
     """Rank 0 locks `save_dir` for the length of the run; the others hear whether that went well."""
     import torch.distributed as dist
 
-    problem: list[str | None] = [None]
+    told: list[list[str]] = [[]]
     if is_main_process() and not args.benchmark:
+        told[0] = find_unwritable(args)
         try:
-            cleanup.enter_context(locked_directory(args.save_dir, "a training run"))
-            remove_leftovers(args.save_dir)
+            if not told[0]:
+                cleanup.enter_context(locked_directory(args.save_dir, _LOCK_PURPOSE))
+                remove_leftovers(args.save_dir)
         except UserError as error:
-            problem[0] = f"--save_dir {error}"
+            told[0] = [f"--save_dir {error}"]
         except OSError as error:
-            problem[0] = f"--save_dir {args.save_dir}: cannot be written ({error.strerror})"
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise UserError(problem[0])
+            told[0] = [f"--save_dir {args.save_dir}: cannot be written ({error.strerror})"]
+    dist.broadcast_object_list(told, src=0)
+    if told[0]:
+        raise UserError(told[0])
+
+
+def find_unwritable(args: argparse.Namespace) -> list[str]:
+    """A message for each output that can't be written, before hours are spent on it."""
+    directories = {
+        f"--save_dir {args.save_dir}": args.save_dir,
+        f"--tensorboard_dir {args.tensorboard_dir}": args.tensorboard_dir,
+        f"--config_file {args.config_file}": args.config_file.parent,
+    }
+    return [
+        f"{where}: cannot be written ({reason})"
+        for where, directory in directories.items()
+        if (reason := why_not_writable(directory)) is not None
+    ]
 
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
@@ -292,8 +320,6 @@ def describe_run(args: argparse.Namespace, inputs: Inputs, plan: TrainingPlan) -
     """Everything that tells one run from another: arguments, layout, data, versions."""
     import importlib.metadata
 
-    import torch.distributed as dist
-
     def plain(value: Any) -> Any:
         if isinstance(value, list):
             return [plain(item) for item in value]
@@ -306,7 +332,7 @@ def describe_run(args: argparse.Namespace, inputs: Inputs, plan: TrainingPlan) -
     return {
         "arguments": {name: plain(value) for name, value in sorted(vars(args).items())},
         "layout": {
-            "world_size": dist.get_world_size(),
+            "world_size": plan.world_size,
             **{name: getattr(args, name) for name in _LAYOUT_ARGUMENTS},
         },
         "data": {
@@ -404,7 +430,7 @@ def prepare_files(
         )
     files = prepare_model_files(
         args.pretrained,
-        weights,
+        weights or args.pretrained,
         flag,
         inputs.config,
         parameter_dtype(args),
@@ -441,13 +467,51 @@ def prepare_files_together(
 
 def find_weights(
     args: argparse.Namespace, checkpoint: Path | None, stage_weights: Path | None
-) -> tuple[str, str]:
-    """Where the weights to train are, and the flag that says so."""
+) -> tuple[str | None, str]:
+    """(the weights that training starts with, the flag that named them); None for random ones."""
     if checkpoint is not None and not args.lora_rank:
         return str(checkpoint / "modeling"), "--load_checkpoint"
     if stage_weights is not None:
         return str(stage_weights), "--load_checkpoint"
-    return args.pretrained, "--pretrained"
+    has_weights = not args.benchmark or is_weights_directory(Path(args.pretrained))
+    return args.pretrained if has_weights else None, "--pretrained"
+
+
+def check_run(args: argparse.Namespace, inputs: Inputs, plan: TrainingPlan) -> None:
+    """What a run checks between its plan and its first step, for `--dry_run`: in one process, from the files'
+    headers where loading would take long, and without making or changing a file.
+
+    Raises:
+        UserError: the run would end with one too.
+    """
+    for dataset in (inputs.source, *inputs.evaluation_sets.values()):
+        if isinstance(dataset, PreparedDataset):
+            problem = dataset.find_bad_row(inputs.config.vocab_size, args.isolate_documents)
+            if problem is not None:
+                raise UserError(problem)
+    checkpoint = stage_weights = None
+    settings = describe_run(args, inputs, plan)
+    if not args.benchmark:
+        problems = find_unwritable(args)
+        if (holder := lock_holder(args.save_dir)) is not None:
+            problems.append(f"--save_dir {in_use_message(args.save_dir, holder, _LOCK_PURPOSE)}")
+        if problems:
+            raise UserError(problems)
+        checkpoint, stage_weights = resolve_checkpoint(args.load_checkpoint, args.save_dir)
+    if checkpoint is None:
+        refuse_used_save_dir(args)
+    else:
+        check_resumable(checkpoint, settings)
+        keep_warm_up(args, checkpoint, plan)
+        stage_weights = find_adapter_base(args, checkpoint)
+    prepare_files(args, inputs, checkpoint, stage_weights)
+    weights, flag = find_weights(args, checkpoint, stage_weights)
+    if weights is None:
+        return
+    dtype = parameter_dtype(args)
+    sums = check_weights(weights, inputs.config, flag, dtype if args.lora_rank and checkpoint else None)
+    if sums is not None:
+        check_adapter_base(args, dtype, sums, checkpoint, settings)
 
 
 def boost_model(
@@ -464,8 +528,7 @@ def boost_model(
         files: the model gets their generation configuration, which Gemini saves by itself.
     """
     weights, flag = find_weights(args, checkpoint, stage_weights)
-    has_weights = not args.benchmark or is_weights_directory(Path(args.pretrained))
-    if has_weights:
+    if weights is not None:
         causal_lm = load_causal_lm(weights, inputs.config, strategy.parameter_dtype, flag)
     else:
         log(f"--benchmark: {args.pretrained} has no weights; training random ones of its shape")
@@ -504,9 +567,16 @@ def find_adapter_base(args: argparse.Namespace, checkpoint: Path) -> Path | None
 
 
 def check_adapter_base(
-    args: argparse.Namespace, strategy: Strategy, checkpoint: Path | None, settings: dict[str, Any]
+    args: argparse.Namespace,
+    dtype: torch.dtype,
+    sums: Mapping[str, float],
+    checkpoint: Path | None,
+    settings: dict[str, Any],
 ) -> None:
     """Notes in `settings` which weights the adapters are trained on; a resumed run must have the same.
+
+    Args:
+        sums: of the values of each weight, by name, in `dtype`.
 
     Raises:
         UserError: they are others than those that the checkpoint's adapters were trained on.
@@ -517,12 +587,12 @@ def check_adapter_base(
     embeddings_train = args.lora_embeddings == "train"
     total = math.fsum(
         value
-        for name, value in strategy.loaded_sums.items()
+        for name, value in sums.items()
         if "lora_" not in name and not (embeddings_train and is_embedding(name))
     )
-    settings["adapter_base"] = {"dtype": str(strategy.parameter_dtype), "sum": total}
+    settings["adapter_base"] = {"dtype": str(dtype), "sum": total}
     saved = {} if checkpoint is None else read_json(checkpoint / STATE_FILE).get("adapter_base", {})
-    if saved.get("dtype") != str(strategy.parameter_dtype):
+    if saved.get("dtype") != str(dtype):
         return  # rounded to another type, the same weights have another sum
     if not math.isclose(saved["sum"], total, rel_tol=1e-6, abs_tol=1e-6):
         raise UserError(

@@ -38,6 +38,11 @@ Batch = dict[str, torch.Tensor]
 Phase = Callable[[str], contextlib.AbstractContextManager]
 
 
+def parameter_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Of the model's parameters while training; only ddp keeps fp32 ones beside half precision."""
+    return torch.float32 if args.plugin == "ddp" else TORCH_DTYPES[args.mixed_precision]
+
+
 @dataclass(frozen=True)
 class ShardPlace:
     """What of the model and the optimizer this process holds.
@@ -59,11 +64,6 @@ class ShardPlace:
     def file_name(self) -> str:
         """File of the optimizer shard."""
         return f"tp-{self.tensor_rank:03d}_pp-{self.pipeline_rank:03d}_zero-{self.zero_rank:04d}.safetensors"
-
-
-def parameter_dtype(args: argparse.Namespace) -> torch.dtype:
-    """Of the model's parameters, in memory and where they are saved."""
-    return torch.float32 if args.plugin == "ddp" else TORCH_DTYPES[args.mixed_precision]
 
 
 class Strategy:

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,16 +130,42 @@ def write_json(path: Path, value: Any) -> None:
     write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON; raises `UserError` naming file and line when it is not JSON."""
+def read_json(path: Path, name: str | None = None) -> Any:
+    """Reads JSON, after a byte order mark or not.
+
+    Args:
+        name: of the file in messages; None for its path.
+
+    Raises:
+        UserError: naming file and line when it is not JSON.
+    """
+    name = str(path) if name is None else name
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{name}: no such file") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+        raise UserError(f"{name}:{error.lineno}: not valid JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{name}: not valid JSON (a number too long, or nested too deeply)") from None
+
+
+def read_json_object(path: Path, name: str | None = None) -> dict[str, Any]:
+    """`read_json` of a file that has to hold an object; `UserError` when it holds something else."""
+    value = read_json(path, name)
+    if not isinstance(value, dict):
+        raise UserError(f"{path if name is None else name}: not a JSON object but {json_type(value)}")
+    return value
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a value, with an article."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
+    return names.get(type(value), "an object")
 
 
 def sync_directory(path: Path) -> None:
@@ -148,6 +175,33 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def why_not_writable(directory: Path) -> str | None:
+    """Why nothing can be written into `directory`, which need not exist yet; None when something can.
+
+    A file without a name is made and gone again: permissions alone do not tell of a file system that is
+    read-only, or that root may not write to either.
+    """
+    nearest = next(place for place in (directory, *directory.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return None
+    except OSError as error:
+        return f"{nearest}: {error.strerror}"
+
+
+def lock_holder(path: Path) -> str | None:
+    """Who holds the lock of `locked_directory` on `path`; None when nobody does. Makes nothing."""
+    try:
+        with open(path / ".lock", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:
+        pass  # no lock, or one that can't be read: who wants to write will see
+    return None
 
 
 @contextlib.contextmanager
@@ -166,8 +220,12 @@ def locked_directory(path: Path, purpose: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(f"{path}: in use by {holder}; {purpose} needs a directory of its own") from None
+            raise UserError(in_use_message(path, holder, purpose)) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def in_use_message(path: Path, holder: str, purpose: str) -> str:
+    return f"{path}: in use by {holder}; {purpose} needs a directory of its own"

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,12 +27,19 @@ def load(directory):
 
 @pytest.mark.parametrize("layout", [["--tp", 2], ["--pp", 2]])
 def test_frozen_model_trains_its_embeddings_only(layout, tmp_path, training_inputs):
+    """The row of `<s>` too, though a configuration that calls it padding would freeze it."""
+    model = Path(shutil.copytree(training_inputs.model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "pad_token_id": 1}))
     flags = ["--plugin", "3d", *layout, "--mixed_precision", "fp32", "--freeze_non_embeds_params"]
-    run = train(tmp_path, 2, *training_inputs.flags(), *SHORT, *flags)
+    run = train(tmp_path, 2, *training_inputs.flags(), "--pretrained", model, *SHORT, *flags)
     assert run.returncode == 0, run.output[-3000:]
+    assert json.loads((run.save_dir / "modeling" / "config.json").read_text())["pad_token_id"] == 1
     before, after = load(training_inputs.model).state_dict(), load(run.save_dir / "modeling").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
+    name = "model.embed_tokens.weight"
+    assert (after[name] - before[name])[1].abs().max() > 1e-4, "more than weight decay alone"
     shards = list((run.save_dir / "epoch-0_step-3" / "optimizer").glob("*.safetensors"))
     from safetensors import safe_open
 
@@ -224,7 +232,7 @@ def run_plain(*arguments: object, **extra: str) -> subprocess.CompletedProcess:
 
 
 def test_dry_run_plans_seven_billion_parameters_on_64_gpus(tmp_path, training_inputs):
-    """One process without a GPU; the model directory needs no weights."""
+    """One process without a GPU; for the speed of a shape, the model directory needs no weights."""
     config = json.loads((training_inputs.model / "config.json").read_text())
     config.update(
         hidden_size=4096,
@@ -240,7 +248,7 @@ def test_dry_run_plans_seven_billion_parameters_on_64_gpus(tmp_path, training_in
         if not path.name.startswith("model"):
             (large / path.name).write_bytes(path.read_bytes())
     (large / "config.json").write_text(json.dumps(config))
-    data = ["--dataset", training_inputs.data, "--max_length", 96, "--accumulation_steps", 1]
+    data = ["--benchmark", "--max_length", 96, "--accumulation_steps", 1]
     finished = run_plain("--pretrained", large, *data, "--dry_run", "--plugin", "gemini", WORLD_SIZE="64")
     assert finished.returncode == 0, finished.stderr
     assert "64" in finished.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 from pathlib import Path
@@ -190,6 +191,41 @@ def test_zst_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(jsonl, "_import_zstandard", lambda: None)
     with pytest.raises(UserError, match="pip install zstandard"):
         jsonl.find_input_files([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a", "score": NaN}', "'score' is NaN; write null, or the record without it"),
+        (b'{"a": [{"b": -Infinity}]}', "'a[0].b' is infinite, or too large a number; write null, or "),
+        (b'{"a": 1e999}', "'a' is infinite, or too large a number; write null"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "'a' is infinite, or too large a number; write null"),
+        (b'{"a": {"b": "x\\ud83d"}}', "'a.b' holds half of a surrogate pair, \\ud83d; write the whole pair"),
+        (b'{"\\ud83d": 1}', "'a name in the record[0]' holds half of a surrogate pair"),
+        (b'{"a": ' + b"[" * 3000 + b"]" * 3000 + b"}", "depth limit exceeded, column "),
+    ],
+)
+def test_what_only_python_calls_json_is_named_with_its_field(line: bytes, message: str) -> None:
+    with pytest.raises(BadRecord) as caught:
+        jsonl.parse_object(line)
+    assert caught.value.kind == "not valid JSON"
+    assert f"not valid JSON ({message}" in str(caught.value)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(st.characters(exclude_categories=[])),
+        lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+        max_leaves=8,
+    )
+)
+def test_whatever_python_writes_is_read_or_explained(value: object) -> None:
+    line = json.dumps({"text": "a", "more": value}).encode()
+    try:
+        outcome = jsonl.parse_object(line)["text"]
+    except BadRecord as error:
+        outcome = str(error)
+    assert outcome == "a" or "'more" in outcome or " in more[" in outcome
 
 
 @pytest.mark.parametrize(

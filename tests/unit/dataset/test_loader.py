@@ -600,3 +600,41 @@ def test_rows_with_more_tokens_than_labels_are_named(tmp_path: Path) -> None:
     rows.save_to_disk(str(tmp_path / "part-00000"))
     with pytest.raises(UserError, match="part-00000: row 1 has not as many labels as input_ids"):
         PreparedDataset([tmp_path / "part-00000"], 4, need_documents=False)
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(-1, 6), max_size=3), st.lists(st.integers(0, 3), max_size=2)),
+        min_size=1,
+    ),
+    st.booleans(),
+)
+def test_a_scan_of_all_rows_finds_what_the_collator_would(
+    tmp_path_factory: pytest.TempPathFactory, contents: list[tuple[list[int], list[int]]], isolate: bool
+) -> None:
+    rows = [make_row([tokens]) for tokens, _ in contents]
+    for row, (_, lengths) in zip(rows, contents, strict=True):
+        row.document_lengths = np.array(lengths, dtype=np.int32)
+    path = tmp_path_factory.mktemp("rows") / "part-00000"
+    source = PreparedDataset([write_part(path, rows)], 10, isolate)
+    collator = Collator(source, 0, None, isolate, vocab_size=6, multiple_of=1)
+    problems = [collator([number])["problem"] for number in range(len(rows))]
+    assert source.find_bad_row(6, isolate) == next((p for p in problems if p is not None), None)
+
+
+def test_damaged_json_of_a_part_is_named(tmp_path: Path) -> None:
+    part = write_part(tmp_path / "part-00000", [make_row([[1, 2]])])
+    for name, fingerprint in (("prepared.json", "x"), ("state.json", None)):
+        (part / name).write_text("[]")
+        with pytest.raises(
+            UserError, match=rf"--dataset {part}/{name}: not a JSON object but an array; prepare"
+        ):
+            PreparedDataset([part], 10, True, fingerprint)
+
+
+def test_rows_without_document_lengths_are_reported(tmp_path: Path) -> None:
+    rows = {"input_ids": [[1], [2]], "labels": [[1], [2]], "document_lengths": [[1], None]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "part-00000"))
+    with pytest.raises(UserError, match="has rows without document_lengths"):
+        PreparedDataset([tmp_path / "part-00000"], 10, True)

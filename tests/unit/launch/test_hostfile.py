@@ -41,6 +41,22 @@ def test_each_problem_has_its_line_and_the_other_hosts_are_kept(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize(
+    ("line", "host"),
+    [("gpu-1:22", "gpu-1"), ("10.0.0.7:2222", "10.0.0.7"), ("[fe80::1]:22", "fe80::1"), ("a:", "a")],
+)
+def test_a_port_is_named_with_what_to_write(line: str, host: str, tmp_path: Path) -> None:
+    hosts, problems = read(tmp_path, f"b\n{line}\n")
+    assert hosts == ["b"]
+    (problem,) = problems
+    assert f':2: "{line}": no port here; write {host}, and set the port as SSH_PORT' in problem
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    assert read_hostfile(tmp_path / "hostfile") == (["a", "b"], [])
+
+
 @pytest.mark.parametrize("text", ["", "\n  \n"])
 def test_a_hostfile_without_hosts(text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no host in it; list one a line"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -194,3 +195,25 @@ def test_everything_but_the_vocabulary_travels_byte_for_byte(
     assert "vocabulary_extension.json" in expected
     expected["modeling_own.py"] = b"the model's"
     assert {str(p.relative_to(model)): p.read_bytes() for p in model.rglob("*.*") if p.is_file()} == expected
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"[]", "(not a JSON object but an array; copy|its added tokens are not written)"),
+        (b"null", "(not a JSON object but null; copy|its added tokens are not written)"),
+        (b'{\n"a" 1}', r":2: not valid JSON \(.*\); copy the tokenizer again"),
+        (b"\xff\xfe{", r"not UTF-8 text \(byte 0\); copy the tokenizer again"),
+        (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
+    ],
+)
+def test_damaged_json_is_named_whoever_reads_it(
+    llama2_tokenizer_dir: Path, tmp_path: Path, reader: str, name: str, content: bytes, complaint: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama2_tokenizer_dir, source)
+    (source / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(source / name))}.*{complaint}"):
+        READERS[reader](source)

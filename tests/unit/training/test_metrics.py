@@ -248,3 +248,9 @@ def test_an_evaluation_made_up_for_without_its_step_is_a_record(tmp_path):
         writer.close()
         found = [(record["step"], record.get("eval_loss")) for record in read_metrics(directory)]
         assert found == [*((step, None) for step in before), (2, 1.5), (3, None)]
+
+
+def test_lines_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "loss": 2.0}', "[1]", "null", '{"loss": 1.0}', '{"step": "2"}', '{"step": 3', ""]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_metrics(tmp_path, up_to_step=5) == [{"step": 1, "loss": 2.0}]

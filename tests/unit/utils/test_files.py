@@ -19,13 +19,16 @@ from hypothesis import strategies as st
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import (
     aside_path,
+    lock_holder,
     locked_directory,
     naming,
     objection_to_replacing,
     read_json,
+    read_json_object,
     remove_name,
     replace_path,
     wait_for_file,
+    why_not_writable,
     write_json,
     write_text_atomically,
 )
@@ -218,3 +221,42 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
     assert objection_to_replacing(path, lambda value: value == [1]) is None
     for is_ours in (lambda value: value == [2], lambda value: len(value[0]) == 1):
         assert "is there already" in objection_to_replacing(path, is_ours)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"[]", r": not a JSON object but an array"),
+        (b"null", r": not a JSON object but null"),
+        (b"7", r": not a JSON object but a number"),
+        (b"9" * 5000, r": not valid JSON \(a number too long"),
+        (b"[" * 100_000, r": not valid JSON \("),
+    ],
+)
+def test_what_is_no_object_is_named(tmp_path: Path, content: bytes, complaint: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_json_object(path)
+    assert str(path) in caught.value.problems[0]
+
+
+def test_a_byte_order_mark_before_json_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json") == read_json_object(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_directory_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
+    assert why_not_writable(tmp_path) is None
+    assert why_not_writable(tmp_path / "a" / "b") is None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    assert why_not_writable(tmp_path / "file" / "a") == f"{tmp_path / 'file'}: Not a directory"
+    assert why_not_writable(Path("/proc/a")).startswith("/proc: ")
+
+
+def test_the_holder_of_a_lock(tmp_path: Path) -> None:
+    assert lock_holder(tmp_path / "none") is None
+    with locked_directory(tmp_path, "a test"):
+        assert f"process {os.getpid()} on " in lock_holder(tmp_path)
+    assert lock_holder(tmp_path) is None
