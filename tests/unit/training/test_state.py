@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from colossal_llama.dataset.loader import BatchPlan, StepSampler
@@ -26,12 +26,20 @@ def rows_of(state: TrainState, num_rows: int, rows_per_step: int, num_epochs: in
     return [row for batch in sampler for row in batch]
 
 
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(0, 60))
+@st.composite
+def resumed_runs(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
+    """Rows, rows of a step before and after, epochs, and the steps that were done before."""
+    num_rows = draw(st.integers(1, 60))
+    before, after = (draw(st.integers(1, min(9, num_rows))) for _ in range(2))
+    num_epochs = draw(st.integers(1, 3))
+    return num_rows, before, after, num_epochs, draw(st.integers(1, num_epochs * (num_rows // before)))
+
+
+@given(resumed_runs())
 def test_another_number_of_rows_per_step_continues_at_the_same_row(
-    num_rows: int, before: int, after: int, num_epochs: int, steps: int
+    run: tuple[int, int, int, int, int],
 ) -> None:
-    assume(before <= num_rows and after <= num_rows)
-    assume(0 < steps <= num_epochs * (num_rows // before))
+    num_rows, before, after, num_epochs, steps = run
     state = TrainState()
     for _ in range(steps):
         state.advance(before, before, num_rows)
