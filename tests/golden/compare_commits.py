@@ -2,10 +2,10 @@
 
     python tests/golden/compare_commits.py OLD [NEW] [--only PATTERN] [--list]
 
-OLD and NEW are commits; NEW is the working tree when not given. The inputs, the environment, the libraries and
-the names of directories are the same for both, so floats are compared bit for bit. Pictures, times, speeds
-and library versions are left out. A command with a flag that OLD does not know is skipped. The exit code is 1 when
-anything differs. A full run takes about a quarter of an hour on two free cores.
+OLD and NEW are commits; NEW is the working tree when not given. The inputs, the environment, the libraries
+and the names of directories are the same for both, so floats are compared bit for bit. Pictures, times, speeds
+and library versions are left out. A command with a flag that OLD does not know is skipped. The exit code is 1
+when anything differs. A full run takes about a quarter of an hour on two free cores.
 """
 
 from __future__ import annotations
@@ -152,9 +152,8 @@ def compare(old: Side, new: Side, cases: list[Case], work: Path) -> int:
         print(f"{case.name:<{width}}  {files or '-':>5}  {seconds:7.1f}  {verdict}", flush=True)
         if difference:
             print("\n".join(f"    {command}" for command in case.commands))
-    print(
-        f"{len(cases)} commands, {num_files} files: {num_different or 'none'} different, {len(skipped)} skipped"
-    )
+    counts = f"{num_different or 'none'} different, {len(skipped)} skipped"
+    print(f"{len(cases)} commands, {num_files} files: {counts}")
     return num_different
 
 

@@ -1,4 +1,4 @@
-"""Commands whose outputs hold floats, and user mistakes: compared between commits on one machine, not stored."""
+"""Commands whose outputs hold floats, and user mistakes: compared on one machine, not stored."""
 
 from __future__ import annotations
 
@@ -325,13 +325,6 @@ def mistake_cases() -> list[Case]:
         ),
         "inference-model": (["inference_example.py", "--model_path", "nowhere", "--input_txt", "x"], []),
         "inference-flags": (["inference_example.py", "--temperature", -1, "--top_p", 3], []),
-        "inference-length": (
-            [
-                *("inference_example.py", "--model_path", "inputs/model", "--input_txt", "x"),
-                *("--max_new_tokens", 100000),
-            ],
-            [],
-        ),
         "pieces-flags": (
             [
                 "colossal_llama/tokenizer/learn_pieces.py",
