@@ -129,6 +129,13 @@ def make_working_directory(directory: Path) -> None:
     write_jsonl(
         inputs / "conversations" / "records.jsonl", _first_lines(sample / "sft" / "conversations.jsonl", 40)
     )
+    faulty = [
+        *_first_lines(sample / "pretrain" / "history.jsonl", 8),
+        {"source": 1, "target": "x"},
+        {},
+        "text",
+    ]
+    write_jsonl(inputs / "faulty" / "records.jsonl", faulty)
     pieces = [record["piece"] for record in _first_lines(sample / "pieces.jsonl", 60)]
     write_jsonl(inputs / "pieces.jsonl", [{"piece": piece} for piece in pieces + UNREACHABLE_PIECES])
     shutil.copytree(inputs / "llama3", inputs / "llama3-chat")
@@ -200,6 +207,10 @@ def preparation_cases() -> list[Case]:
             *("pretrain-truncate", "pretrain", "tokenizers/llama3-add", TWO_DIRS, *SMALL, *TWO),
             *("--long_documents", "truncate", "--seed", 7),
         ),
+        prepare_case(
+            *("pretrain-faulty", "pretrain", "tokenizers/llama2-drop", "inputs/faulty", *SMALL, *ONE),
+            *("--on_bad_record", "skip"),
+        ),
         prepare_case("sft-llama2", "sft", LLAMA2, TALKS, "--max_length", 512, "--llama_version", 2, *ONE),
         prepare_case("sft-llama3-splice", "sft", "tokenizers/llama3-report", TALKS, *SFT, "--splice", *TWO),
         prepare_case("sft-llama3", "sft", "inputs/llama3", TALKS, *SFT, *ONE),
@@ -231,7 +242,15 @@ def training_flags(name: str, data: Sequence[str], model: str = "inputs/model") 
     ]
 
 
-def make_model(source: Path, target: Path, vocab_size: int, hidden_size: int, num_layers: int) -> None:
+def make_model(
+    source: Path,
+    target: Path,
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    initializer_range: float = 0.02,
+    tied: bool = False,
+) -> None:
     """A tokenizer with a random model: no script of the clone takes part."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -248,6 +267,8 @@ def make_model(source: Path, target: Path, vocab_size: int, hidden_size: int, nu
         max_position_embeddings=1024,
         bos_token_id=1,
         eos_token_id=2,
+        initializer_range=initializer_range,
+        tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).save_pretrained(target)
     os.chmod(target / "model.safetensors", 0o644)

@@ -29,10 +29,13 @@ FP32, BF16, FP16 = (["--mixed_precision", name] for name in ("fp32", "bf16", "fp
 
 
 def make_models(directory: Path) -> None:
-    """Adds random models of the base tokenizers to `directory/inputs`."""
+    """Adds random models of the base tokenizers to `inputs`; what they answer depends on the question."""
     inputs = directory / "inputs"
-    make_model(inputs / "llama2", inputs / "model", vocab_size=361, hidden_size=32, num_layers=2)
-    make_model(inputs / "llama3", inputs / "model-llama3", vocab_size=406, hidden_size=32, num_layers=1)
+    make_model(inputs / "llama2", inputs / "model", 361, 32, num_layers=2, initializer_range=0.2)
+    make_model(
+        inputs / "llama2", inputs / "model-tied", 361, 32, num_layers=2, initializer_range=0.2, tied=True
+    )
+    make_model(inputs / "llama3", inputs / "model-llama3", 406, 32, num_layers=1, initializer_range=0.2)
 
 
 def model_cases() -> list[Case]:
@@ -93,12 +96,12 @@ def train(
 ZERO2, ZERO2_CPU, DDP = (["--plugin", name] for name in ("zero2", "zero2_cpu", "ddp"))
 SEQUENCE = ["--enable_sequence_parallelism", "--sp_mode"]
 LORA = ["--lora_rank", 4]
+PIPELINE = ["--pp", 2, "--microbatch_size", 2]
 FLASH = ["--use_grad_checkpoint", "--use_flash_attn"]
 
 
 def layout_cases() -> list[Case]:
     """Every plugin, layout and precision."""
-    pipeline = ["--pp", 2, "--microbatch_size", 2]
     return [
         train("ddp-fp32", 1, [*DDP, *FP32, *rows(4, 2)]),
         train("ddp-bf16", 1, [*DDP, *BF16, *rows(4, 2)]),
@@ -117,10 +120,10 @@ def layout_cases() -> list[Case]:
         train("3d-tp2-zero0-fp32", 2, [*three_d("--tp", 2, "--zero_stage", 0), *FP32, *rows(4, 2)]),
         train("3d-tp2-zero1-bf16", 2, [*three_d("--tp", 2), *BF16, *rows(4, 2)]),
         train("3d-tp2-zero2-fp16", 2, [*three_d("--tp", 2, "--zero_stage", 2), *FP16, *rows(4, 2)]),
-        train("3d-pp2-zero0-bf16", 2, [*three_d(*pipeline, "--zero_stage", 0), *BF16, *rows(4, 2)]),
-        train("3d-pp2-zero1-fp32", 2, [*three_d(*pipeline), *FP32, *rows(4, 2)]),
-        train("3d-pp2-fp16", 2, [*three_d(*pipeline), *FP16, *rows(4, 2)]),
-        train("3d-tp2-pp2-bf16", 4, [*three_d("--tp", 2, *pipeline), *BF16, *rows(4, 2)]),
+        train("3d-pp2-zero0-bf16", 2, [*three_d(*PIPELINE, "--zero_stage", 0), *BF16, *rows(4, 2)]),
+        train("3d-pp2-zero1-fp32", 2, [*three_d(*PIPELINE), *FP32, *rows(4, 2)]),
+        train("3d-pp2-fp16", 2, [*three_d(*PIPELINE), *FP16, *rows(4, 2)]),
+        train("3d-tp2-pp2-bf16", 4, [*three_d("--tp", 2, *PIPELINE), *BF16, *rows(4, 2)]),
         train(
             "split_gather-zero2-bf16",
             2,
@@ -152,6 +155,14 @@ def feature_cases() -> list[Case]:
             [*DDP, *FP32, *rows(4, 2), *LORA, "--lora_embeddings", "freeze"],
             data=EXTENDED,
             model=EXTENDED_MODEL,
+        ),
+        train("tied", 2, [*ZERO2, *BF16, *rows(2, 2)], model="inputs/model-tied"),
+        train("tied-tp2", 2, [*three_d("--tp", 2), *FP32, *rows(4, 2)], model="inputs/model-tied"),
+        train(
+            "tied-pp2",
+            2,
+            [*three_d(*PIPELINE, "--zero_stage", 0), *FP32, *rows(4, 2)],
+            model="inputs/model-tied",
         ),
         train("extended", 1, [*DDP, *FP32, *rows(4, 2)], data=EXTENDED, model=EXTENDED_MODEL),
         train("neft", 1, [*DDP, *FP32, *rows(4, 2), "--use_neft", "--neft_alpha", 7]),
