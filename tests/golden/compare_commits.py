@@ -75,9 +75,9 @@ def compare_results(case: Case, old: list[Result], new: list[Result]) -> str | N
     for command, a, b in zip(case.commands, old, new, strict=False):
         if a.returncode != b.returncode:
             worse = a if a.returncode else b
-            return f"exit code {a.returncode} in old, {b.returncode} in new: {_last_line(worse.stderr)}"
+            return f"exit code {a.returncode} in old, {b.returncode} in new: {_what_failed(worse.stderr)}"
         if bool(a.returncode) != command.fails:
-            return f"exit code {a.returncode} on both sides: {_last_line(a.stderr)}"
+            return f"exit code {a.returncode} on both sides: {_what_failed(a.stderr)}"
         for stream in command.streams:
             lines = [getattr(result, stream).splitlines() for result in (a, b)]
             for number in range(max(map(len, lines))):
@@ -87,9 +87,11 @@ def compare_results(case: Case, old: list[Result], new: list[Result]) -> str | N
     return None
 
 
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "(nothing on stderr)"
+def _what_failed(text: str) -> str:
+    """The first line that names an error, rather than a launcher's last words."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:") or re.match(r"[\w.]*Error:", line)]
+    return [*(errors[:1] or lines[-1:]), "(nothing on stderr)"][0]
 
 
 def select(cases: list[Case], pattern: str | None) -> tuple[list[Case], set[str]]:

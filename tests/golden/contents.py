@@ -9,6 +9,8 @@ from typing import Any
 
 # Times and speeds in records of training.
 _TIMING = re.compile(r"seconds|per_second|tflops|mfu")
+# A set in peft's configuration, which it writes in any order.
+_UNORDERED = ("target_modules",)
 # Pictures, TensorBoard's events (times), locks, the resume cache of data preparation.
 _LEFT_OUT = re.compile(r"\.png$|events\.out\.tfevents|/\.lock$|/cache/")
 
@@ -70,7 +72,10 @@ def compare_values(old: Any, new: Any, key: str = "") -> str | None:
             path = f"{key}.{name}" if key else name
             if name not in new or name not in old:
                 return f"{path}: only {'old' if name in old else 'new'} has it"
-            difference = compare_values(old[name], new[name], path)
+            values = [old[name], new[name]]
+            if name in _UNORDERED and all(isinstance(value, list) for value in values):
+                values = [sorted(value) for value in values]
+            difference = compare_values(*values, path)
             if difference:
                 return difference
         return None

@@ -136,7 +136,7 @@ def layout_cases() -> list[Case]:
 def feature_cases() -> list[Case]:
     """What changes the training itself, on the cheapest layout that shows it."""
     sft_rows = ["--max_length", 512, *rows(4, 1)]
-    evaluated = ["--eval_dataset", f"{BASE}/arrow/part-00002", f"{EXTENDED}/arrow", "--eval_interval", 2]
+    evaluated = ["--eval_dataset", *(f"{BASE}/arrow/part-0000{number}" for number in (2, 1))]
     return [
         train("freeze", 1, [*DDP, *FP32, *rows(4, 2), "--freeze_non_embeds_params"]),
         train("freeze-tp2", 2, [*three_d("--tp", 2), *BF16, *rows(4, 2), "--freeze_non_embeds_params"]),
@@ -169,7 +169,7 @@ def feature_cases() -> list[Case]:
         train("neft-tp2", 2, [*three_d("--tp", 2), *BF16, *rows(4, 2), "--use_neft"]),
         train("bucketed", 1, [*DDP, *FP32, *rows(8, 2), "--bucketed", "--max_steps", 9]),
         train("grad-checkpoint", 1, [*DDP, *FP32, *rows(4, 2), *FLASH]),
-        train("evaluated", 2, [*ZERO2, *BF16, *rows(2, 2), *evaluated], needs=[EXTENDED]),
+        train("evaluated", 2, [*ZERO2, *BF16, *rows(2, 2), *evaluated, "--eval_interval", 2]),
         train(
             "evaluated-pp2",
             2,

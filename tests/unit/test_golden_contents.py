@@ -83,6 +83,12 @@ def test_nan_equals_itself_in_json() -> None:
     assert compare_values(*values) is None
 
 
+def test_sets_have_no_order() -> None:
+    values = [{"target_modules": ["q_proj", "k_proj"]}, {"target_modules": ["k_proj", "q_proj"]}]
+    assert compare_values(*values) is None
+    assert compare_values({"modules": [1, 2]}, {"modules": [2, 1]}) == "modules[0]: 1 in old, 2 in new"
+
+
 def test_exit_codes_and_streams_count() -> None:
     good, bad = Result(0, "a\nb", ""), Result(2, "", "error: unknown arguments: --x 1 (see --help)\n")
     case = Case("name", [Command("script.py", streams=["stdout"])])
