@@ -5,7 +5,7 @@
 OLD and NEW are commits; NEW is the working tree when not given. The inputs, the environment, the libraries
 and the names of directories are the same for both, so floats are compared bit for bit. Pictures, times,
 speeds and library versions are left out. A command with a flag that OLD does not know is skipped. The exit
-code is 1 when anything differs. A full run takes about a quarter of an hour on two free cores.
+code is 1 when anything differs. A full run takes about a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
