@@ -24,12 +24,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 from corpus import sample_texts  # noqa: E402
-from support import LLAMA3_SPECIAL_TOKENS, load_script  # noqa: E402
-
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from support import load_script, make_llama3_tokenizer  # noqa: E402
 
 pytest_plugins = ["parity", "training_inputs", "example_scripts", "hosts"]
 
@@ -65,42 +60,9 @@ def llama2_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Byte-level BPE in LLaMA-3's shape: `tokenizer.json` only, special tokens after the vocabulary."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(sample_texts(300, seed=1, chinese=False), trainer)
-    tokenizer.add_special_tokens(LLAMA3_SPECIAL_TOKENS)
-    bos_id = tokenizer.token_to_id("<|begin_of_text|>")
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single="<|begin_of_text|> $A",
-                pair="<|begin_of_text|> $A <|begin_of_text|> $B:1",
-                special_tokens=[("<|begin_of_text|>", bos_id)],
-            ),
-        ]
-    )
+    """Byte-level BPE in LLaMA-3's shape, 600 pieces."""
     directory = tmp_path_factory.mktemp("llama3_tokenizer")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|begin_of_text|>",
-        eos_token="<|end_of_text|>",
-        clean_up_tokenization_spaces=True,
-        model_input_names=["input_ids", "attention_mask"],
-    ).save_pretrained(directory)
+    make_llama3_tokenizer(sample_texts(300, seed=1, chinese=False), directory, vocab_size=600)
     return directory
 
 
