@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The whole pipeline on the bundled sample, from nothing to a tuned model that answers: set-up, vocabulary extension,
-# model initialisation, pre-training data, continual pre-training, conversations, fine-tuning, inference.
+# Runs the whole pipeline on the bundled sample, from an empty directory to a fine-tuned model that answers questions:
+# set-up, vocabulary extension, model initialisation, pre-training data, continual pre-training, conversations,
+# fine-tuning, inference.
 #
 #     bash quickstart.sh [--output_dir DIR] [--device auto|cpu|cuda] [--print_commands]
 #
-# Runs on the GPU when there is one, otherwise on two CPU cores. The last line is `Model: <directory>`.
+# Runs on a GPU if there is one, otherwise on two CPU cores. The last line is `Model: <directory>`.
 set -euo pipefail
 
 CLONE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -41,13 +42,14 @@ parse_arguments() {
     [[ $device == auto || $device == cpu || $device == cuda ]] ||
         problems+=("--device $device: choose from auto, cpu, cuda")
     ((${#problems[@]} == 0)) || fail "${problems[@]}"
-    # Commands run in the clone. Inside it the path is shown as a relative one, as the README writes it.
+    # Commands run in the clone. A path inside it is shown relative to it, as in the README.
     [[ $output == /* || $output == quickstart_output ]] || output=$PWD/$output
     output=${output%/}
     output=${output#"$CLONE/"}
 }
 
-# Leaves only what this script made: everything is made anew, so that no result is older than the code.
+# Removes the results of an earlier run, so that no result is older than the code. Refuses a directory that this script
+# did not create.
 prepare_output_directory() {
     local marker=$output/.made_by_quickstart step
     if [[ -e $output && ! -f $marker && -n $(ls -A -- "$output" 2>&1) ]]; then
@@ -63,7 +65,7 @@ prepare_output_directory() {
     done
 }
 
-# A word as a shell reads it back.
+# Quotes a word so that a shell reads it back unchanged.
 quoted() {
     if [[ $1 =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
         printf '%s' "$1"
@@ -74,7 +76,7 @@ quoted() {
     fi
 }
 
-# One flag a line, as the README has them.
+# Prints a command with one flag per line, as in the README.
 show() {
     local word line=
     for word in "$@"; do
@@ -90,8 +92,8 @@ run() {
     [[ -n $only_print ]] || env -i "${environment[@]}" "$@" </dev/null
 }
 
-# `colossalai run` joins its words with spaces and gives them to a shell: those with special characters go in quoted.
-# It also changes to the current directory there, and of the characters special to a shell it escapes spaces only.
+# `colossalai run` joins its arguments with spaces and passes them to a shell, so arguments with special characters are
+# quoted here. The shell also changes to the current directory, and for its name `colossalai run` escapes only spaces.
 run_distributed() {
     local -a words=()
     local word
@@ -128,7 +130,8 @@ choose_device() {
         echo "Device: $num_processes of $gpus GPUs, $precision"
     else
         echo "Device: CPU, $num_processes processes, $precision"
-        # One thread a process: two processes share two cores. Both are on this machine, whatever its network.
+        # One thread per process, since two processes share two cores. Both run on this machine, so they use the loopback
+        # interface, whatever network the machine has.
         environment+=(CUDA_VISIBLE_DEVICES=-1 OMP_NUM_THREADS=1)
         [[ ! -e /sys/class/net/lo ]] || environment+=(GLOO_SOCKET_IFNAME=lo)
     fi
@@ -175,7 +178,7 @@ fine_tune() {
         --tensorboard_dir "$output/sft_logs" --config_file "$output/sft_config.json"
 }
 
-# Prints question and answer, a line each, of the first conversations of the sample with a single turn.
+# Prints the question and the answer of the first single-turn conversations of the sample, one per line.
 sample_questions() {
     python - examples/data/sft/conversations.jsonl "$NUM_QUESTIONS" <<'PYTHON'
 import json
@@ -189,7 +192,7 @@ for question, answer in single_turns[: int(sys.argv[2])]:
 PYTHON
 }
 
-# Asks the tuned model questions that it was tuned on; every answer has to come back word for word.
+# Asks the fine-tuned model questions that it was trained on; every answer must be the same, word for word.
 ask_questions() {
     local question expected answer wrong=0
     while IFS= read -r question && IFS= read -r expected; do
@@ -212,7 +215,7 @@ ask_questions() {
     }
 }
 
-# First and last loss of a run; a run whose loss did not fall is a failure.
+# Prints the first and the last loss of a run, and fails if the loss did not fall.
 report_loss() {
     python - "$1" "$output/$2/metrics.jsonl" <<'PYTHON'
 import json

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Continual pre-training on one host or many. To use it:
 #
-#     cp hostfile.example hostfile      # list your hosts; skip it and leave HOSTFILE empty for this machine alone
+#     cp hostfile.example hostfile      # list your hosts; for this machine alone, skip this and leave HOSTFILE empty
 #     cp train.example.sh train.sh
-#     $EDITOR train.sh                 # the variables and flags below
+#     $EDITOR train.sh                  # the variables and flags below
 #     bash train.sh
 #
-# The same command continues from the last checkpoint of a run that was stopped. SIGTERM, Ctrl-C and the end of the
-# terminal make every host save and stop.
+# SIGTERM, Ctrl-C and closing the terminal make every host save and stop. The same command then continues from the last
+# checkpoint.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 # shellcheck source=examples/launch/launch.sh
@@ -22,7 +22,7 @@ declare -a dataset=(
     # "prepared/zh/arrow/part-00000" "prepared/en/arrow" …: part directories, or arrow/ directories for all parts
 )
 HOSTFILE=""       # file with one host name per line; empty: this machine alone
-NPROC_PER_NODE="" # processes on each host; empty: one per GPU, or two on a machine without
+NPROC_PER_NODE="" # processes on each host; empty: one per GPU, or two on a machine without a GPU
 MASTER_PORT=""    # port on the first host; empty: 29500, or a free one on this machine alone
 SSH_PORT=""       # port of ssh on the hosts; empty: as ssh is configured
 

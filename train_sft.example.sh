@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning on one host or many. To use it:
 #
-#     cp hostfile.example hostfile      # list your hosts; skip it and leave HOSTFILE empty for this machine alone
+#     cp hostfile.example hostfile      # list your hosts; for this machine alone, skip this and leave HOSTFILE empty
 #     cp train_sft.example.sh train_sft.sh
-#     $EDITOR train_sft.sh                 # the variables and flags below
+#     $EDITOR train_sft.sh              # the variables and flags below
 #     bash train_sft.sh
 #
-# The same command continues from the last checkpoint of a run that was stopped. SIGTERM, Ctrl-C and the end of the
-# terminal make every host save and stop.
+# SIGTERM, Ctrl-C and closing the terminal make every host save and stop. The same command then continues from the last
+# checkpoint.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 # shellcheck source=examples/launch/launch.sh
@@ -17,12 +17,12 @@ PROJECT_NAME=""           # names the directories of this experiment
 PARENT_SAVE_DIR=""        # checkpoints go to PARENT_SAVE_DIR/PROJECT_NAME
 PARENT_TENSORBOARD_DIR="" # metrics go to PARENT_TENSORBOARD_DIR/PROJECT_NAME
 PARENT_CONFIG_FILE=""     # the configuration goes to PARENT_CONFIG_FILE/PROJECT_NAME.json
-PRETRAINED_MODEL_PATH=""  # model to tune, tokenizer included
+PRETRAINED_MODEL_PATH=""  # model to fine-tune, tokenizer included
 declare -a dataset=(
     # "prepared/conversations/arrow" …: part directories, or arrow/ directories for all parts
 )
 HOSTFILE=""       # file with one host name per line; empty: this machine alone
-NPROC_PER_NODE="" # processes on each host; empty: one per GPU, or two on a machine without
+NPROC_PER_NODE="" # processes on each host; empty: one per GPU, or two on a machine without a GPU
 MASTER_PORT=""    # port on the first host; empty: 29500, or a free one on this machine alone
 SSH_PORT=""       # port of ssh on the hosts; empty: as ssh is configured
 

@@ -7,6 +7,7 @@ it goes on with real steps while the background save is written.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import shutil
@@ -19,7 +20,6 @@ from pathlib import Path
 
 from figures import report_median
 
-from colossal_llama.training.arguments import build_parser
 from colossal_llama.utils.arguments import ArgumentParser, positive_int
 from colossal_llama.utils.console import format_table
 from colossal_llama.utils.errors import run_command
@@ -76,53 +76,28 @@ def make_model_directory(args, directory: Path) -> Path:
 
 def measure(args, directory: Path) -> None:
     import torch
+    from in_process import start_run
 
-    from colossal_llama.training import setup
-    from colossal_llama.training.checkpoint import CheckpointWriter
-    from colossal_llama.training.model import load_tokenizer
-    from colossal_llama.training.model_files import prepare_model_files
-    from colossal_llama.training.schedule import LearningRateSchedule
+    from colossal_llama.training.llama.loading import load_tokenizer
+    from colossal_llama.training.loop import TrainingLoop
     from colossal_llama.training.state import TrainState
-    from colossal_llama.training.strategy import Strategy
-    from colossal_llama.training.trainer import Trainer
 
     model_dir = make_model_directory(args, directory / "model")
     flags = [
-        *("--pretrained", str(model_dir), "--benchmark", "--plugin", "zero2", "--mixed_precision", "bf16"),
+        *("--pretrained", str(model_dir), "--plugin", "zero2", "--mixed_precision", "bf16"),
         *("--max_length", "128", "--accumulation_steps", "1", "--num_workers", "0", "--num_samples", "2000"),
+        *("--save_dir", str(directory / "saves"), "--save_total_limit", "1"),
     ]
-    train_args = build_parser().parse_args(flags)
-    setup.quieten_libraries()
-    stop = setup.start_process(train_args)
-    inputs = setup.open_inputs(train_args)
-    strategy = Strategy(train_args)
-    setup.boost_model(train_args, strategy, inputs, None, None)
-    files = prepare_model_files(
-        str(model_dir),
-        str(model_dir),
-        "--pretrained",
-        inputs.config,
-        strategy.parameter_dtype,
-        load_tokenizer(str(model_dir), False),
-    )
-    schedule = LearningRateSchedule(train_args.lr, 1, 2000)
+    run, stop = start_run(flags)
+    run.inputs = dataclasses.replace(run.inputs, tokenizer=load_tokenizer(str(model_dir), False))
     state = TrainState()
-    writer = CheckpointWriter(
-        directory / "saves",
-        strategy,
-        files,
-        schedule,
-        save_total_limit=1,
-        settings={"layout": {}},
-        in_background=True,
-    )
-    settings = setup.collator_settings(train_args, strategy, inputs)
-    trainer = Trainer(train_args, strategy, inputs.source, {}, settings, schedule, state, None, None, stop)
-    batches = trainer.batches()
+    writer = run.make_writer(run.make_record(), run.prepare_files())
+    loop = TrainingLoop(run, state, None, None, stop)
+    batches = loop.batches()
 
     def timed_step() -> float:
         started = time.perf_counter()
-        trainer.step(batches)
+        loop.step(batches)
         return time.perf_counter() - started
 
     for _ in range(2):

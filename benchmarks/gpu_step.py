@@ -157,7 +157,7 @@ def _time_steps(args: Namespace, config, step: Callable[[], object]) -> Speed:
 def _speed(args: Namespace, config, seconds: list[float]) -> Speed:
     import torch
 
-    from colossal_llama.training.throughput import flops_per_token, peak_flops
+    from colossal_llama.training.reporting.throughput import flops_per_token, peak_flops
 
     on_gpu = torch.cuda.is_available()
     return Speed(
@@ -177,22 +177,22 @@ def _wait_for_device() -> None:
 
 
 def _run_ours(args: Namespace, variant: Variant, model_dir: Path) -> Speed:
-    from in_process import start_session
+    from in_process import start_loop
 
-    session = start_session(_flags(args, variant, model_dir))
-    batches = session.trainer.batches()
-    return _time_steps(args, session.inputs.config, lambda: session.trainer.step(batches))
+    loop = start_loop(_flags(args, variant, model_dir))
+    batches = loop.batches()
+    return _time_steps(args, loop.inputs.config, lambda: loop.step(batches))
 
 
 def _peer_model(args: Namespace, variant: Variant, model_dir: Path, dtype):
-    """(model on the device, rows [rows, length], arguments of `train.py`), with the same kernels as ours."""
+    """(model on the device, rows [rows, length], the optimizer's settings), with the same kernels as ours."""
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 
-    from colossal_llama.dataset.dummy_dataset import RandomRows
-    from colossal_llama.training.arguments import build_parser as train_parser
+    from colossal_llama.training.arguments import parse_settings
+    from colossal_llama.training.data.random_rows import RandomRows
 
-    train_args = train_parser().parse_args([*_flags(args, variant, model_dir), "--benchmark"])
+    settings = parse_settings([*_flags(args, variant, model_dir), "--benchmark"])
     config = AutoConfig.from_pretrained(model_dir)
     if variant.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -209,17 +209,18 @@ def _peer_model(args: Namespace, variant: Variant, model_dir: Path, dtype):
     model.config.use_cache = False
     if variant.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    source = RandomRows(train_args.num_samples, args.max_length, config.vocab_size, train_args.seed)
-    rows = torch.stack([torch.from_numpy(source[i].input_ids) for i in range(len(source))])
-    return model, rows, train_args
+    num_rows, seed = settings.output.num_samples, settings.optimizer.seed
+    dataset = RandomRows(num_rows, args.max_length, config.vocab_size, seed)
+    rows = torch.stack([torch.from_numpy(dataset[i].input_ids) for i in range(len(dataset))])
+    return model, rows, settings.optimizer
 
 
 def _run_bare(args: Namespace, variant: Variant, model_dir: Path) -> Speed:
     import torch
     from in_process import BareLoop
 
-    model, rows, train_args = _peer_model(args, variant, model_dir, torch.bfloat16)
-    bare = BareLoop(model, train_args.lr)
+    model, rows, wanted = _peer_model(args, variant, model_dir, torch.bfloat16)
+    bare = BareLoop(model, wanted.lr)
     device = next(model.parameters()).device
     batches = (batch.to(device) for batch in rows.split(args.batch_size))
     return _time_steps(args, model.config, lambda: bare.step(batches, args.accumulation_steps))
@@ -231,7 +232,7 @@ def _run_transformers(args: Namespace, variant: Variant, model_dir: Path) -> Spe
     from in_process import transformers_trainer
     from transformers import TrainerCallback
 
-    model, rows, train_args = _peer_model(args, variant, model_dir, torch.float32)
+    model, rows, wanted = _peer_model(args, variant, model_dir, torch.float32)
     seconds: list[float] = []
 
     class Timer(TrainerCallback):
@@ -252,7 +253,7 @@ def _run_transformers(args: Namespace, variant: Variant, model_dir: Path) -> Spe
         rows,
         args.batch_size,
         args.accumulation_steps,
-        train_args.lr,
+        wanted.lr,
         model_dir,
         Timer(),
         **options,

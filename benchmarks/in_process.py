@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colossal_llama.training.arguments import build_parser
+from colossal_llama.training.arguments import parse_settings
 
 if TYPE_CHECKING:
     import torch
 
-    from colossal_llama.dataset.loader import RowSource
-    from colossal_llama.training.setup import Inputs
-    from colossal_llama.training.strategy import Strategy
-    from colossal_llama.training.trainer import Trainer
-
-
-@dataclass
-class Session:
-    """A trainer on `--benchmark` rows, or on those given, ready for its first step."""
-
-    args: argparse.Namespace
-    inputs: Inputs
-    strategy: Strategy
-    trainer: Trainer
+    from colossal_llama.training.data.rows import RowDataset
+    from colossal_llama.training.loop import TrainingLoop
+    from colossal_llama.training.resilience.interruption import StopRequest
+    from colossal_llama.training.run import Run
 
 
 def write_config(
@@ -53,33 +41,36 @@ def write_config(
     ).save_pretrained(directory)
 
 
-def start_session(flags: Sequence[str], source: RowSource | None = None, num_steps: int = 1000) -> Session:
-    """What `train.py` does up to its first step.
+def start_run(flags: Sequence[str], dataset: RowDataset | None = None) -> tuple[Run, StopRequest]:
+    """What `train.py` does up to its first step, on `--benchmark` rows or on those given.
 
     Args:
         flags: of `train.py`; `--benchmark` is added.
-        source: rows in place of random ones.
-        num_steps: length of the learning rate's schedule.
+        dataset: rows in place of random ones.
     """
-    from colossal_llama.training import setup
-    from colossal_llama.training.schedule import LearningRateSchedule
+    from colossal_llama.training.process import start_process
+    from colossal_llama.upstream.quiet import quieten_libraries
+
+    settings = parse_settings([*flags, "--benchmark"])
+    quieten_libraries()
+    stop = start_process(settings.optimizer)
+    import torch.distributed as dist
+
+    from colossal_llama.training.run import Run
+
+    run = Run.prepare(settings, dist.get_world_size(), dataset)
+    run.plugin.start()
+    run.boost()
+    return run, stop
+
+
+def start_loop(flags: Sequence[str], dataset: RowDataset | None = None) -> TrainingLoop:
+    """The loop of `start_run`, ready for its first step; nothing is saved."""
+    from colossal_llama.training.loop import TrainingLoop
     from colossal_llama.training.state import TrainState
 
-    args = build_parser().parse_args([*flags, "--benchmark"])
-    setup.quieten_libraries()
-    stop = setup.start_process(args)
-    from colossal_llama.training.strategy import Strategy
-    from colossal_llama.training.trainer import Trainer
-
-    inputs = setup.open_inputs(args)
-    if source is not None:
-        inputs.source = source
-    strategy = Strategy(args)
-    setup.boost_model(args, strategy, inputs, None, None)
-    schedule = LearningRateSchedule(args.lr, 1, num_steps)
-    settings = setup.collator_settings(args, strategy, inputs)
-    trainer = Trainer(args, strategy, inputs.source, {}, settings, schedule, TrainState(), None, None, stop)
-    return Session(args, inputs, strategy, trainer)
+    run, stop = start_run(flags, dataset)
+    return TrainingLoop(run, TrainState(), None, None, stop)
 
 
 class BareLoop:
@@ -91,7 +82,7 @@ class BareLoop:
     def __init__(self, model: Any, learning_rate: float) -> None:
         import torch
 
-        from colossal_llama.training.strategy import ADAM_BETAS, ADAM_EPS
+        from colossal_llama.training.plugins.base import ADAM_BETAS, ADAM_EPS
 
         self.model = model.train()
         self.parameters = list(model.parameters())
@@ -143,7 +134,7 @@ def transformers_trainer(
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from colossal_llama.training.strategy import ADAM_BETAS, ADAM_EPS
+    from colossal_llama.training.plugins.base import ADAM_BETAS, ADAM_EPS
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler:

@@ -6,7 +6,6 @@ communicates least; the first whose fullest process fits is shown.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +15,8 @@ from colossal_llama.utils.errors import run_command
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
+
+    from colossal_llama.training.plugins.base import Plugin
 
 # Kernels' workspaces, CUDA itself and fragmentation need the rest.
 USABLE = 0.9
@@ -48,32 +49,37 @@ COMMON_FLAGS = "--benchmark --dry_run --mixed_precision bf16 --use_flash_attn --
 
 
 @dataclass(frozen=True)
-class Layout:
+class Candidate:
     """A name for the table, and the flags of train.py that make it."""
 
     name: str
     flags: str
 
-    def parse(self) -> argparse.Namespace:
-        from colossal_llama.training.arguments import build_parser
+    def plugin_on(self, num_gpus: int) -> Plugin | None:
+        """The plugin with this layout; None where the layout takes another number of GPUs."""
+        from colossal_llama.training.arguments import parse_settings
+        from colossal_llama.training.plugins import find_plugin
 
         words = ["--pretrained", "any/model", *COMMON_FLAGS.split(), *self.flags.split()]
-        return build_parser().parse_args(words)
+        settings = parse_settings(words)
+        if num_gpus % settings.layout.model_parallel_size:
+            return None
+        return find_plugin(settings.layout.plugin)(settings, num_gpus)
 
 
-def _layouts() -> list[Layout]:
+def _layouts() -> list[Candidate]:
     checkpointing = "--use_grad_checkpoint"
     layouts = [
-        Layout("zero2", "--plugin zero2"),
-        Layout("zero2, checkpointing", f"--plugin zero2 {checkpointing}"),
+        Candidate("zero2", "--plugin zero2"),
+        Candidate("zero2, checkpointing", f"--plugin zero2 {checkpointing}"),
     ]
-    layouts += [Layout(f"3d, tp {tp}", f"--plugin 3d --tp {tp} {checkpointing}") for tp in (2, 4, 8)]
+    layouts += [Candidate(f"3d, tp {tp}", f"--plugin 3d --tp {tp} {checkpointing}") for tp in (2, 4, 8)]
     layouts += [
-        Layout(f"3d, tp 8, pp {pp}", f"--plugin 3d --tp 8 --pp {pp} --batch_size {4 * pp} {checkpointing}")
+        Candidate(f"3d, tp 8, pp {pp}", f"--plugin 3d --tp 8 --pp {pp} --batch_size {4 * pp} {checkpointing}")
         for pp in (2, 4, 8)
     ]
-    layouts.append(Layout("gemini", f"--plugin gemini {checkpointing}"))
-    layouts.append(Layout("zero2_cpu", f"--plugin zero2_cpu {checkpointing}"))
+    layouts.append(Candidate("gemini", f"--plugin gemini {checkpointing}"))
+    layouts.append(Candidate("zero2_cpu", f"--plugin zero2_cpu {checkpointing}"))
     return layouts
 
 
@@ -87,16 +93,17 @@ def make_config(model: str) -> LlamaConfig:
     return LlamaConfig(**{**shape, **SHAPES[model]})
 
 
-def choose_layout(model: str, num_gpus: int, gpu_memory_gib: int) -> tuple[Layout, int, int] | None:
+def choose_layout(model: str, num_gpus: int, gpu_memory_gib: int) -> tuple[Candidate, int, int] | None:
     """(layout, GiB of the fullest process, its GiB of CPU memory) of the first layout that fits, if any."""
-    from colossal_llama.training.plan import GIB, estimate_memory
+    from colossal_llama.training.memory import estimate_memory
+    from colossal_llama.training.plan import GIB
 
     config = make_config(model)
     for layout in LAYOUTS:
-        args = layout.parse()
-        if num_gpus % (args.tp * args.pp):
+        plugin = layout.plugin_on(num_gpus)
+        if plugin is None:
             continue
-        stages = [estimate_memory(args, config, num_gpus, stage) for stage in range(args.pp)]
+        stages = [estimate_memory(plugin, config, stage) for stage in range(plugin.layout.pp)]
         peak = max(stage.peak for stage in stages)
         if peak <= USABLE * gpu_memory_gib * GIB:
             return layout, round(peak / GIB), round(max(stage.host for stage in stages) / GIB)
@@ -117,7 +124,7 @@ def _count(number: int) -> str:
     return f"{number} GPU" + ("s" if number > 1 else "")
 
 
-def _cell(choice: tuple[Layout, int, int] | None) -> str:
+def _cell(choice: tuple[Candidate, int, int] | None) -> str:
     if choice is None:
         return "–"
     layout, peak, host = choice

@@ -286,7 +286,7 @@ def prepare(
 def _find_version(tokenizer_dir: Path) -> str:
     from transformers import AutoTokenizer
 
-    from colossal_llama.dataset.conversation import find_llama_version
+    from colossal_llama.conversation.colossal import find_llama_version
 
     return str(find_llama_version(AutoTokenizer.from_pretrained(tokenizer_dir)))
 

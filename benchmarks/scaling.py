@@ -31,7 +31,7 @@ from colossal_llama.utils.console import format_table, log
 from colossal_llama.utils.errors import run_command
 
 if TYPE_CHECKING:
-    from colossal_llama.dataset.loader import PreparedDataset
+    from colossal_llama.training.data.prepared_rows import PreparedDataset
 
 ROOT = Path(__file__).resolve().parents[1]
 # Growth is judged between points that take at least this long; below, fixed costs are all there is to see.
@@ -107,7 +107,7 @@ class EmptyRows:
 
 def make_order(num_rows: str, num_buckets: str) -> None:
     """The order of one epoch, whole (1 bucket) or bucket by bucket."""
-    from colossal_llama.dataset.loader import RowOrder
+    from colossal_llama.training.data.order import RowOrder
 
     source = EmptyRows(int(num_rows), int(num_buckets))
     RowOrder(source, 42, bucketed=int(num_buckets) > 1).permutation(0)
@@ -115,16 +115,16 @@ def make_order(num_rows: str, num_buckets: str) -> None:
 
 def resume_at(position: str) -> None:
     """From nothing to the first batch of a run that goes on at this row of a data set a little longer."""
-    from colossal_llama.dataset.loader import BatchPlan, RowOrder, StepSampler
+    from colossal_llama.training.data.order import BatchShape, RowOrder, StepSampler
 
-    plan = BatchPlan(batch_size=1, accumulation_steps=8, dp_size=64, dp_rank=3)
+    plan = BatchShape(batch_size=1, accumulation_steps=8, dp_size=64, dp_rank=3)
     source = EmptyRows(int(position) + 10 * plan.rows_per_step)
     next(iter(StepSampler(RowOrder(source, 42, bucketed=False), plan, 0, int(position), 1)))
 
 
 def make_index(part: str, count: str) -> PreparedDataset:
     """`PreparedDataset` over a part that is listed so many times."""
-    from colossal_llama.dataset.loader import PreparedDataset
+    from colossal_llama.training.data.prepared_rows import PreparedDataset
 
     return PreparedDataset([Path(part)] * int(count), 4096, need_documents=True)
 
@@ -136,7 +136,7 @@ def run_point(function: str, arguments: list[str]) -> None:
     """The other side of `measure_in_process`."""
     import resource
 
-    import colossal_llama.dataset.loader  # noqa: F401 - counted before, not as the point's
+    import colossal_llama.training.data.prepared_rows  # noqa: F401 - counted before, not as the point's
 
     def peak_mb() -> float:
         """Without mapped files: the kernel may take their pages back, and counts them once a map."""

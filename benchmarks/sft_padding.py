@@ -60,14 +60,14 @@ class Conversations:
         return len(self.rows)
 
     def __getitem__(self, index: int):
-        from colossal_llama.dataset.loader import Row
-        from colossal_llama.training.loss import IGNORE_INDEX
+        from colossal_llama.dataset.labels import NO_LOSS_LABEL
+        from colossal_llama.training.data.rows import Row
 
         lengths = self.rows[index]
         tokens = np.random.default_rng(index).integers(0, self.vocab_size, lengths.sum())
         labels = tokens.copy()
         for start, length in zip(np.cumsum(lengths) - lengths, lengths, strict=True):
-            labels[start : start + length // 2] = IGNORE_INDEX
+            labels[start : start + length // 2] = NO_LOSS_LABEL
         return Row(tokens, labels, lengths)
 
     def describe_row(self, index: int) -> str:
@@ -77,7 +77,7 @@ class Conversations:
 def measure(args: Namespace, directory: str, way: str, results) -> None:
     """Trains once over all conversations in this process; hands back (samples/s of each step, padding)."""
     import torch
-    from in_process import start_session
+    from in_process import start_loop
 
     from colossal_llama.dataset.packing import one_piece_per_row, pack_best_fit
 
@@ -92,11 +92,11 @@ def measure(args: Namespace, directory: str, way: str, results) -> None:
         *("--use_flash_attn", str(args.use_flash_attn)),
         *("--use_grad_checkpoint", str(args.use_grad_checkpoint)),
     ]
-    session = start_session(flags, source)
-    batches, num_steps = session.trainer.batches(), len(source) // args.batch_size
+    loop = start_loop(flags, source)
+    batches, num_steps = loop.batches(), len(source) // args.batch_size
     if not num_steps:
         raise RuntimeError(f"{len(source)} rows are fewer than --batch_size {args.batch_size}")
-    session.trainer.step(batches)  # warms up
+    loop.step(batches)  # warms up
     samples = [0]
     places = 0
     speeds = []
@@ -109,16 +109,16 @@ def measure(args: Namespace, directory: str, way: str, results) -> None:
             yield batch
 
     counting = counted()
-    total_samples, tokens, started = 0, session.trainer.state.tokens, time.perf_counter()
+    total_samples, tokens, started = 0, loop.state.tokens, time.perf_counter()
     for _ in range(num_steps):
         step_started = time.perf_counter()
-        session.trainer.step(counting)
+        loop.step(counting)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         speeds.append(samples[0] / (time.perf_counter() - step_started))
         total_samples += samples[0]
     seconds = time.perf_counter() - started
-    fill = (session.trainer.state.tokens - tokens) / places
+    fill = (loop.state.tokens - tokens) / places
     results.put((total_samples / seconds, speeds, fill))
 
 

@@ -63,31 +63,32 @@ def run_train(arguments: list[str]) -> None:
     importlib.import_module = clock.timed(importlib.import_module, IMPORTS)
     sys.argv = [str(ROOT / "train.py"), *arguments]
     sys.path.insert(0, str(ROOT))
-    from colossal_llama.training import setup
+    from colossal_llama.training import process
 
-    setup.start_process = clock.timed(setup.start_process, "process group")
-    setup.open_inputs = clock.timed(setup.open_inputs, "data")
-    setup.load_causal_lm = clock.timed(setup.load_causal_lm, "model")
-    wrap_after_start(clock, setup)
+    process.start_process = clock.timed(process.start_process, "process group")
+    wrap_after_start(clock, process)
     import train
 
     train.main()
     raise RuntimeError("train.py came to its end without a step")
 
 
-def wrap_after_start(clock: Clock, setup) -> None:
-    """Wraps strategy and trainer once `start_process` has installed what their imports need."""
-    start_process = setup.start_process
+def wrap_after_start(clock: Clock, process) -> None:
+    """Wraps what a run is made of once `start_process` has installed what their imports need."""
+    start_process = process.start_process
 
-    def start_then_wrap(args):
-        stop = start_process(args)
-        from colossal_llama.training.strategy import Strategy
-        from colossal_llama.training.trainer import Trainer
+    def start_then_wrap(optimizer):
+        stop = start_process(optimizer)
+        from colossal_llama.training import run
+        from colossal_llama.training.loop import TrainingLoop
+        from colossal_llama.training.plugins.base import Plugin
 
-        Strategy.__init__ = clock.timed(Strategy.__init__, "booster")
-        Strategy.boost = clock.timed(Strategy.boost, "booster")
-        Trainer.batches = clock.timed(Trainer.batches, "data")
-        step = clock.timed(Trainer.step, "first step")
+        run.open_inputs = clock.timed(run.open_inputs, "data")
+        run.load_causal_lm = clock.timed(run.load_causal_lm, "model")
+        Plugin.start = clock.timed(Plugin.start, "booster")
+        Plugin.boost = clock.timed(Plugin.boost, "booster")
+        TrainingLoop.batches = clock.timed(TrainingLoop.batches, "data")
+        step = clock.timed(TrainingLoop.step, "first step")
 
         def step_and_leave(self, batches):
             step(self, batches)
@@ -96,10 +97,10 @@ def wrap_after_start(clock: Clock, setup) -> None:
                 Path(os.environ[OUTPUT_VARIABLE]).write_text(json.dumps(clock.seconds), encoding="utf-8")
             os._exit(0)
 
-        Trainer.step = step_and_leave
+        TrainingLoop.step = step_and_leave
         return stop
 
-    setup.start_process = start_then_wrap
+    process.start_process = start_then_wrap
 
 
 def build_parser():

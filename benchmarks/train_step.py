@@ -15,13 +15,17 @@ import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from figures import installed_versions, report_median
-from in_process import BareLoop, Session, start_session, transformers_trainer, write_config
+from in_process import BareLoop, start_loop, transformers_trainer, write_config
 
 from colossal_llama.utils.arguments import ArgumentParser, non_negative_int, positive_int
 from colossal_llama.utils.console import log
 from colossal_llama.utils.errors import run_command
+
+if TYPE_CHECKING:
+    from colossal_llama.training.loop import TrainingLoop
 
 
 def build_parser() -> ArgumentParser:
@@ -52,21 +56,21 @@ def main() -> None:
             *("--accumulation_steps", str(args.accumulation_steps), "--num_workers", "0"),
             *("--num_samples", str((args.warmup + args.pairs) * rows_per_step)),
         ]
-        measure(args, start_session(flags), model_dir)
+        measure(args, start_loop(flags), model_dir)
 
 
-def measure(args: Namespace, session: Session, directory: Path) -> None:
+def measure(args: Namespace, loop: TrainingLoop, directory: Path) -> None:
     import torch
     from transformers import TrainerCallback
 
-    from colossal_llama.training.setup import random_causal_lm
+    from colossal_llama.training.llama.loading import random_causal_lm
 
-    train_args, trainer = session.args, session.trainer
-    batches = trainer.batches()
-    bare_batches = (batch["input_ids"] for batch in trainer.batches())
-    config = session.inputs.config
-    bare = BareLoop(random_causal_lm(config, torch.float32, train_args.seed), train_args.lr)
-    peer_model = random_causal_lm(config, torch.float32, train_args.seed)
+    wanted = loop.settings.optimizer
+    batches = loop.batches()
+    bare_batches = (batch["input_ids"] for batch in loop.batches())
+    config = loop.inputs.config
+    bare = BareLoop(random_causal_lm(config, torch.float32, wanted.seed), wanted.lr)
+    peer_model = random_causal_lm(config, torch.float32, wanted.seed)
     seconds: dict[str, list[float]] = {"ours": [], "bare": [], "transformers": []}
 
     bare_losses: list[float] = []
@@ -89,7 +93,7 @@ def measure(args: Namespace, session: Session, directory: Path) -> None:
 
         def _others(self) -> None:
             started = time.perf_counter()
-            record = trainer.step(batches).record
+            record = loop.step(batches).record
             middle = time.perf_counter()
             bare_loss = bare.step(bare_batches, args.accumulation_steps)
             ended = time.perf_counter()
@@ -101,13 +105,13 @@ def measure(args: Namespace, session: Session, directory: Path) -> None:
             self.started = time.perf_counter()
 
     turns = TakingTurns()
-    rows = torch.cat([batch["input_ids"] for batch in trainer.batches()])
+    rows = torch.cat([batch["input_ids"] for batch in loop.batches()])
     peer = transformers_trainer(
         peer_model,
         rows,
         args.batch_size,
         args.accumulation_steps,
-        train_args.lr,
+        wanted.lr,
         directory,
         turns,
         use_cpu=True,

@@ -7,44 +7,50 @@ are random.
 
 from __future__ import annotations
 
-import argparse
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from colossal_llama.tokenizer.corpus_texts import read_samples
-from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import ArgumentParser, directory_list, number, positive_int
 from colossal_llama.utils.console import format_table, log
 from colossal_llama.utils.errors import UserError, run_command
 from colossal_llama.utils.files import write_json
+from colossal_llama.utils.output_checks import why_not_output_directory
+from colossal_llama.utils.settings import add_settings, flag, parse_settings
 
 HAN = re.compile(r"[㐀-鿿]")
 
 
+@dataclass(frozen=True)
+class BaseModelSettings:
+    """The corpus, and the sizes of the model that is made for it."""
+
+    data_input_dirs: list[Path] = flag(
+        None, "comma list of JSONL directories", type=directory_list, required=True
+    )
+    output_dir: Path = flag(None, "new or empty directory for model and tokenizer", type=Path, required=True)
+    vocab_size: int = flag(2000, "pieces of the tokenizer", type=number(int, 300))
+    hidden_size: int = flag(256, "width of the model", type=positive_int)
+    num_layers: int = flag(4, "transformer layers", type=positive_int)
+    num_heads: int = flag(4, "attention heads", type=positive_int)
+    max_positions: int = flag(4096, "context length, in tokens", type=positive_int)
+    seed: int = flag(0, "seed of the random weights", type=number(int, 0))
+
+
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="make_base_model.py", description=__doc__)
-    parser.add_argument(
-        "--data_input_dirs", type=directory_list, required=True, help="comma list of JSONL directories"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="new or empty directory for model and tokenizer"
-    )
-    parser.add_argument("--vocab_size", type=number(int, 300), default=2000, help="pieces of the tokenizer")
-    parser.add_argument("--hidden_size", type=positive_int, default=256, help="width of the model")
-    parser.add_argument("--num_layers", type=positive_int, default=4, help="transformer layers")
-    parser.add_argument("--num_heads", type=positive_int, default=4, help="attention heads")
-    parser.add_argument("--max_positions", type=positive_int, default=4096, help="context length, in tokens")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the random weights")
-    parser.add_check(_check_output)
+    add_settings(parser, BaseModelSettings, check=_check_output)
     return parser
 
 
-def _check_output(args: argparse.Namespace) -> list[str]:
+def _check_output(settings: BaseModelSettings) -> list[str]:
     """A model that is there may be a real one."""
-    objection = objection_to_output(args.output_dir)
-    if objection is None and args.output_dir.is_dir() and any(args.output_dir.iterdir()):
-        objection = "is not empty; choose another directory, or remove it first"
-    return [f"--output_dir {args.output_dir}: {objection}"] if objection else []
+    output_dir = settings.output_dir
+    reason = why_not_output_directory(output_dir)
+    if reason is None and output_dir.is_dir() and any(output_dir.iterdir()):
+        reason = "is not empty; choose another directory, or remove it first"
+    return [f"--output_dir {output_dir}: {reason}"] if reason else []
 
 
 def read_texts(directories: list[Path]) -> list[str]:
@@ -128,27 +134,27 @@ def make_model(
 
 
 def main() -> None:
-    args = build_parser().parse_args()
-    texts = read_texts(args.data_input_dirs)
-    make_tokenizer(texts, args.output_dir, args.vocab_size)
+    settings = parse_settings(build_parser(), BaseModelSettings)
+    texts = read_texts(settings.data_input_dirs)
+    make_tokenizer(texts, settings.output_dir, settings.vocab_size)
     parameters = make_model(
-        args.output_dir,
-        args.vocab_size,
-        args.hidden_size,
-        args.num_layers,
-        args.num_heads,
-        args.max_positions,
-        args.seed,
+        settings.output_dir,
+        settings.vocab_size,
+        settings.hidden_size,
+        settings.num_layers,
+        settings.num_heads,
+        settings.max_positions,
+        settings.seed,
     )
     rows = [
         ("texts the tokenizer learned from", len(texts)),
-        ("pieces", args.vocab_size),
-        ("layers", args.num_layers),
-        ("width", args.hidden_size),
+        ("pieces", settings.vocab_size),
+        ("layers", settings.num_layers),
+        ("width", settings.hidden_size),
         ("random parameters", parameters),
     ]
     log(format_table(["base model", "count"], rows))
-    log(f"Base model: {args.output_dir}")
+    log(f"Base model: {settings.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and tests/run.sh. `set_up_environment CLONE [EXTRA]` leaves a Python environment first on
-# PATH in which this clone is installed with all that it needs: the active one when the `colossal_llama` installed
-# there is this very clone, otherwise CLONE/.venv, made when it is not there.
+# Sourced by quickstart.sh and tests/run.sh. `set_up_environment CLONE [EXTRA]` puts a Python environment first on PATH
+# in which this clone is installed with all that it needs. It is the active environment if the `colossal_llama` installed
+# there is this clone, otherwise CLONE/.venv, which is created if it does not exist.
 
 set_up_environment() {
     local clone=$1 extra=${2:-} environment target
@@ -11,7 +11,7 @@ set_up_environment() {
         echo "Environment: the active one, $environment"
     else
         environment=$clone/.venv
-        # An environment holds absolute paths: one that came along with a copied or moved clone is made anew.
+        # An environment contains absolute paths, so one in a copied or moved clone is created again.
         if [[ "$("$environment/bin/pip" --version 2>/dev/null)" == *" from $environment/"* ]]; then
             echo "Environment: reusing $environment"
         else
@@ -31,13 +31,13 @@ set_up_environment() {
             return 1
         }
     fi
-    # `torchrun` and `colossalai` have to come from the same environment as `python`.
+    # `torchrun` and `colossalai` must come from the same environment as `python`.
     PATH=$(python -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
     export PATH
     hash -r
 }
 
-# True if `$1` runs and the colossal_llama installed there (not merely on PYTHONPATH) is the clone `$2`.
+# True if `$1` runs and the colossal_llama that is installed there (not just on PYTHONPATH) is the clone `$2`.
 _python_has_this_clone() {
     command -v "$1" >/dev/null || return 1
     (cd / && "$1" -I - "$2") 2>/dev/null <<'PYTHON'
@@ -52,7 +52,7 @@ sys.exit(not os.path.samefile(os.path.dirname(os.path.dirname(found)), sys.argv[
 PYTHON
 }
 
-# True if what setup.py asks for today, the extra `$2` included, is installed.
+# True if everything that setup.py requires now is installed, including the extra `$2`.
 _requirements_are_met() {
     (cd / && python -I - "$1" "$2") 2>/dev/null <<'PYTHON'
 import sys
@@ -65,7 +65,7 @@ clone, extra = Path(sys.argv[1]), sys.argv[2]
 lines = (clone / "requirements.txt").read_text(encoding="utf-8").splitlines()
 lines = [line for line in lines if line.strip() and not line.startswith("#")]
 if extra:
-    # From setup.py itself: what pip noted when it installed the clone may be older.
+    # Read from setup.py itself: what pip recorded when it installed the clone may be out of date.
     import os
     import runpy
 
@@ -90,13 +90,13 @@ _make_environment() {
         return 2
     fi
     for candidate in python3.11 python3.12 python3.10 python3 python; do
-        # Run it: version managers leave commands on PATH that only print a complaint.
+        # Run it to see: version managers put commands on PATH that only print an error.
         "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || continue
         echo "Environment: making $environment with $("$candidate" --version) ($(command -v "$candidate"))"
         if "$candidate" -m venv --clear "$environment" >/dev/null 2>&1; then
             return
         fi
-        # Debian's Python without python3-venv: no ensurepip, but maybe a pip that can install for the new environment.
+        # Debian's Python without python3-venv has no ensurepip, but may have a pip that can install into the new environment.
         if "$candidate" -m venv --clear --without-pip "$environment" 2>/dev/null &&
             "$candidate" -m pip --python "$environment/bin/python" install --quiet pip 2>/dev/null; then
             return
@@ -108,8 +108,8 @@ _make_environment() {
     return 2
 }
 
-# Installs the Debian packages of commands that are missing, given as pairs COMMAND PACKAGE; starts no service. Does
-# nothing but say so where that takes another user or another system.
+# Installs the Debian packages of missing commands, given as pairs COMMAND PACKAGE, and starts no service. If this needs
+# another user or another system, it only prints a message.
 install_system_packages() {
     local -a packages=()
     while (($#)); do

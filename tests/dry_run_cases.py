@@ -328,8 +328,9 @@ def main() -> None:
     from support import load_script
 
     train = load_script(ROOT / "train.py")
-    from colossal_llama.training.arguments import build_parser
-    from colossal_llama.training.setup import quieten_libraries, start_process
+    from colossal_llama.training.arguments import parse_settings
+    from colossal_llama.training.process import start_process
+    from colossal_llama.upstream.quiet import quieten_libraries
     from colossal_llama.utils.errors import UserError
 
     space = Workspace(*map(Path, sys.argv[1:]))
@@ -346,15 +347,15 @@ def main() -> None:
         outputs / "saved",
     ]
     common += ["--tensorboard_dir", outputs / "logs", "--config_file", outputs / "config.json"]
-    parser = build_parser()
     quieten_libraries()
-    stop = start_process(parser.parse_args(list(map(str, common))))
+    stop = start_process(parse_settings(list(map(str, common))).optimizer)
+    from colossal_llama.training.run import Run
 
     def answer(action: Callable, *flags: Any) -> tuple[int, str]:
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:
-                code = action(parser.parse_args(list(map(str, [*common, *flags]))))
+                code = action(parse_settings(list(map(str, [*common, *flags]))))
             except UserError as error:
                 return error.exit_code, str(error)
             except SystemExit as error:
@@ -363,8 +364,9 @@ def main() -> None:
                 return 1, traceback.format_exc()
         return code, said.getvalue()
 
-    def run(args: Any) -> int:
-        return train.train(args, stop)
+    def run(settings: Any) -> int:
+        Run.prepare(settings, world_size=1).train(stop)
+        return 0
 
     for flags in (["--save_dir", space.run], ["--save_dir", space.lora_run, "--lora_rank", 2]):
         code, said = answer(run, *flags, "--max_steps", 1)

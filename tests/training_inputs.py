@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,18 @@ class TrainingInputs:
 
     def flags(self) -> list[str]:
         return ["--pretrained", str(self.model), "--dataset", str(self.data), "--max_length", str(MAX_LENGTH)]
+
+    def with_tied_model(self, directory: Path) -> TrainingInputs:
+        """The same data, with a model in `directory` whose input and output embeddings are one matrix."""
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shutil.copytree(self.model, directory)
+        (directory / "model.safetensors").unlink()
+        torch.manual_seed(0)
+        config = LlamaConfig.from_pretrained(self.model, tie_word_embeddings=True)
+        LlamaForCausalLM(config).save_pretrained(directory)
+        return TrainingInputs(directory, self.data)
 
 
 def write_records(directory: Path, count: int, seed: int) -> None:

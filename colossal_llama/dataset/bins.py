@@ -22,18 +22,17 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from colossal_llama.dataset.labels import count_loss_tokens
+from colossal_llama.dataset.labels import count_loss_tokens, split_signed
 from colossal_llama.dataset.packing import one_piece_per_row, pack_best_fit, shuffle_rows
 from colossal_llama.dataset.statistics import BinCounts
-from colossal_llama.dataset.tokenization import split_signed
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import (
     aside_path,
-    naming,
     remove_path,
     replace_path,
     sync_directory,
     wait_for_file,
+    with_filename_in_errors,
     write_json,
 )
 
@@ -244,10 +243,10 @@ class RowWriter:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        with naming(self._arrow_file.name):
+        with with_filename_in_errors(self._arrow_file.name):
             self._stream.close()
         for file in (self._arrow_file, self._jsonl_file):
-            with naming(file.name):
+            with with_filename_in_errors(file.name):
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
@@ -278,12 +277,12 @@ class RowWriter:
             ],
             schema=_schema(),
         )
-        with naming(self._arrow_file.name):
+        with with_filename_in_errors(self._arrow_file.name):
             self._stream.write_batch(batch)
         for array in (stored, document_lengths, token_starts, document_starts):
             self._hash.update(array.data)
         tokens, documents = token_starts.tolist(), document_starts.tolist()
-        with naming(self._jsonl_file.name):
+        with with_filename_in_errors(self._jsonl_file.name):
             for row in range(len(row_lengths)):
                 ids = slice(tokens[row], tokens[row + 1])
                 value = {

@@ -1,6 +1,13 @@
 """Which tokens have loss: what preparation, its statistics and the loader all have to agree on.
 
 The first token of a document never has loss, whatever its label is: nothing predicts it.
+
+In preparation, a document is one int32 array. A token without loss is stored as the bitwise complement of its
+id, so ids and labels travel together and chunking is slicing:
+
+    source "a b", target "c"     BOS  a  b  c EOS      ids
+                                  ~1 ~5 ~6  7   2      stored: `~id` is below zero
+                                -100 … …    7   2      labels
 """
 
 from __future__ import annotations
@@ -29,5 +36,12 @@ def count_loss_tokens(labels: np.ndarray, document_lengths: np.ndarray) -> int:
 
 
 def has_loss(stored: np.ndarray) -> bool:
-    """Whether a piece has a token with loss; `stored` as in `tokenization`: below zero is without label."""
+    """Whether a piece has a token with loss; `stored` as drawn above: below zero is without label."""
     return bool((stored[1:] >= 0).any())
+
+
+def split_signed(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`(input_ids, labels)` of stored tokens, int32 arrays of the same shape."""
+    input_ids = stored ^ (stored >> 31)  # ~x where x is below zero
+    labels = np.where(stored < 0, np.int32(NO_LOSS_LABEL), stored)
+    return input_ids, labels

@@ -2,7 +2,7 @@
 
 In `cache/shards/`, named by a digest of all that decides the content:
 
-    <key>.tokens   int32, little-endian: the pieces of all kept documents (see `tokenization`), end to end
+    <key>.tokens   int32, little-endian: the pieces of all kept documents (see `labels`), end to end
     <key>.npz      lengths of the pieces, pieces and category of each document, counts; written last, so a
                    shard with this file is finished, and a repeated run takes it as it is
 """
@@ -22,16 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from colossal_llama.dataset.jsonl import BadRecord, Shard, parse_object, read_lines
+from colossal_llama.corpus.jsonl import Shard, read_lines
+from colossal_llama.corpus.records import BadRecord, parse_object
+from colossal_llama.dataset.encoders import load_encoder
+from colossal_llama.dataset.encoders.base import EncoderSpec, RecordEncoder
 from colossal_llama.dataset.statistics import Counts
-from colossal_llama.dataset.tokenization import EncoderSpec, RecordEncoder, load_encoder
-from colossal_llama.utils.files import aside_path, naming, wait_for_file
+from colossal_llama.utils.files import aside_path, wait_for_file, with_filename_in_errors
+from colossal_llama.utils.messages import MAX_LISTED_PROBLEMS
 
 CACHE_FORMAT = 2  # raised when the same records become other documents
 CACHE_NAME = re.compile(
     r"[0-9a-f]{24}(\.\d+\.tmp|\.tokens|\.npz)|\.[0-9a-f]{24}\.(tokens|npz)\.[0-9a-f]{16}\.tmp"
 )
-MAX_LISTED_BAD_RECORDS = 20
 # A batch's encodings (some 300 bytes a token) are all in memory at once.
 BATCH_CHARACTERS = 1 << 19
 BATCH_RECORDS = 1024
@@ -106,7 +108,7 @@ def encode_shard(task: ShardTask) -> ShardSummary:
     category_index: dict[str, int] = {}
     aside = aside_path(task.tokens_path)
     try:
-        with naming(task.tokens_path), open(aside, "wb") as file:
+        with with_filename_in_errors(task.tokens_path), open(aside, "wb") as file:
             for records in _read_batches(task.shard, encoder, summary):
                 pieces = []
                 for record, outcome in zip(records, encoder.encode(records), strict=True):
@@ -182,7 +184,7 @@ def _read_batches(shard: Shard, encoder: RecordEncoder, summary: ShardSummary) -
             record = encoder.parse(parse_object(line))
         except BadRecord as bad:
             summary.bad_records[bad.kind] += 1
-            if len(summary.listed_bad_records) < MAX_LISTED_BAD_RECORDS:
+            if len(summary.listed_bad_records) < MAX_LISTED_PROBLEMS:
                 summary.listed_bad_records.append((summary.num_lines, str(bad)))
             continue
         batch.append(record)
@@ -200,7 +202,7 @@ def _write_table(task: ShardTask, table: ShardTable, summary: ShardSummary) -> N
 
     aside = aside_path(task.table_path)
     try:
-        with naming(task.table_path), open(aside, "wb") as file:
+        with with_filename_in_errors(task.table_path), open(aside, "wb") as file:
             np.savez(
                 file,
                 piece_lengths=table.piece_lengths,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from colossal_llama.dataset.tokenization import Outcome
+from colossal_llama.dataset.encoders.base import Outcome
 from colossal_llama.utils.console import format_table
 
 MAX_CATEGORIES_IN_TABLE = 30

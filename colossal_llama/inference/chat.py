@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from colossal_llama.dataset.conversation import Message
+from colossal_llama.conversation.messages import Message
 from colossal_llama.inference.generation import (
     STOPPED_BY_CONTEXT,
     STOPPED_BY_LIMIT,

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import BaseStreamer
 
+from colossal_llama.inference.settings import Sampling
 from colossal_llama.inference.streaming import StreamDecoder
 from colossal_llama.utils.console import format_table
 from colossal_llama.utils.errors import UserError
@@ -52,15 +53,6 @@ STOPPED_BY_END = "end"
 STOPPED_BY_LIMIT = "max_new_tokens"
 STOPPED_BY_CONTEXT = "context_length"
 STOPPED_BY_USER = "interrupt"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; None where a value is given means greedily."""
-
-    temperature: float
-    top_k: int
-    top_p: float
 
 
 @dataclass(frozen=True)

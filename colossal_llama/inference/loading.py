@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import find_adapter_config_file
 
-from colossal_llama.inference.arguments import model_name
-from colossal_llama.model.model_config import load_model_config, outside_vocabulary
+from colossal_llama.inference.settings import ModelSettings, model_name
+from colossal_llama.model.dtypes import flag_name, torch_dtype
+from colossal_llama.model.model_config import GENERATION_CONFIG_FILE, load_model_config, outside_vocabulary
 from colossal_llama.model.weight_files import check_index
-from colossal_llama.tokenizer.tokenizer_files import check_settings
+from colossal_llama.tokenizer.loading import load_pretrained_tokenizer
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json_object
+from colossal_llama.utils.messages import join_names, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # What fp32 weights may take of the memory that is free; the rest is for the cache and activations.
 MEMORY_SHARE = 0.8
@@ -43,11 +43,8 @@ class LoadedModel:
     context_length: int
 
     def describe(self) -> str:
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        parameters = self.model.num_parameters()
-        return (
-            f"{parameters:,} parameters, {names.get(self.model.dtype, self.model.dtype)}, {self.model.device}"
-        )
+        dtype = flag_name(self.model.dtype) or self.model.dtype
+        return f"{self.model.num_parameters():,} parameters, {dtype}, {self.model.device}"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -73,7 +70,7 @@ def choose_dtype(
         stored: dtype of the weights on disk, where the configuration states it.
     """
     if name != "auto":
-        return DTYPES[name]
+        return torch_dtype(name)
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         if stored in HALF_DTYPES and (has_bf16 or stored == torch.float16):
@@ -93,15 +90,14 @@ def find_context_length(config: PretrainedConfig) -> int:
     return int(config.max_position_embeddings * factor)
 
 
-def load_model(
-    name: str, tokenizer_name: str | None, device_name: str, dtype_name: str, trust_remote_code: bool
-) -> LoadedModel:
+def load_model(settings: ModelSettings) -> LoadedModel:
     """The model of `--model_path`; a LoRA adapter is merged into the base model that it names.
 
     Raises:
         UserError: the device is not there, or something can't be loaded, or not completely.
     """
-    device = resolve_device(device_name)
+    name, trust_remote_code = settings.model_path, settings.trust_remote_code
+    device = resolve_device(settings.device)
     with loading_errors(f"--model_path {name}", name):
         adapter_config = find_adapter_config_file(name)
     base = name if adapter_config is None else _find_base_model(name, Path(adapter_config))
@@ -115,7 +111,7 @@ def load_model(
             config.pad_token_id = None
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        dtype = choose_dtype(dtype_name, device, config.torch_dtype, empty.num_parameters())
+        dtype = choose_dtype(settings.dtype, device, config.torch_dtype, empty.num_parameters())
         model, report = AutoModelForCausalLM.from_pretrained(
             base,
             config=config,
@@ -128,9 +124,9 @@ def load_model(
     if adapter_config is not None:
         model = _merge_adapter(model, name)
         _add_adapter_ends(model, Path(adapter_config).parent)
-    with loading_errors(f"--device {device_name}: {name}"):
+    with loading_errors(f"--device {settings.device}: {name}"):
         model.to(device)
-    tokenizer = load_tokenizer(tokenizer_name, name, base, trust_remote_code)
+    tokenizer = load_tokenizer(settings.tokenizer_path, name, base, trust_remote_code)
     return LoadedModel(model.eval(), tokenizer, find_context_length(model.config))
 
 
@@ -143,17 +139,19 @@ def load_tokenizer(
         flag = "--model_path"
         has_own = not Path(model).is_dir() or (Path(model) / "tokenizer_config.json").is_file()
         name = model if has_own else base
-    check_settings(name)
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the Rust library has no exception types of its own
-        remedy = "" if given else "; name one with --tokenizer_path"
-        raise UserError(f"{flag} {name}: no tokenizer can be loaded: {_one_line(error)}{remedy}") from None
+    remedy = "" if given else "; name one with --tokenizer_path"
+    return load_pretrained_tokenizer(
+        name,
+        lambda error: (
+            f"{flag} {name}: no tokenizer can be loaded: {one_line(error, MAX_REASON_LENGTH)}{remedy}"
+        ),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @contextlib.contextmanager
 def loading_errors(where: str, source: str | None = None) -> Iterator[None]:
-    """Files that are missing, damaged or of another kind, and a hub out of reach, are the user's to mend.
+    """Files that are missing, damaged or of another kind, and a hub out of reach, are the user's to fix.
 
     Args:
         where: how a message begins.
@@ -169,20 +167,14 @@ def loading_errors(where: str, source: str | None = None) -> Iterator[None]:
         what = "can't be loaded"
         if source is not None and not Path(source).exists():
             what = "no such directory here, and it can't be had from the Hugging Face hub"
-        raise UserError(f"{where}: {what}: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    text = textwrap.shorten(str(error), MAX_REASON_LENGTH, placeholder=" …")
-    return text or type(error).__name__
+        raise UserError(f"{where}: {what}: {one_line(error, MAX_REASON_LENGTH)}") from None
 
 
 def _refuse_incomplete(where: str, missing: list[str]) -> None:
     """Weights that are not in the files would be random, and the answers noise."""
     if missing:
-        named = ", ".join(sorted(missing)[:MAX_NAMED_TENSORS])
-        more = f" and {len(missing) - MAX_NAMED_TENSORS:,} more" if len(missing) > MAX_NAMED_TENSORS else ""
-        raise UserError(f"{where}: weights are missing from its files: {named}{more}")
+        named = join_names(sorted(missing), MAX_NAMED_TENSORS)
+        raise UserError(f"{where}: weights are missing from its files: {named}")
 
 
 def _find_base_model(adapter: str, config_file: Path) -> str:
@@ -202,7 +194,7 @@ def _find_base_model(adapter: str, config_file: Path) -> str:
 
 def _add_adapter_ends(model: Any, directory: Path) -> None:
     """An adapter that was trained on conversations says what ends an answer; its base model can't know."""
-    if (directory / "generation_config.json").is_file():
+    if (directory / GENERATION_CONFIG_FILE).is_file():
         with loading_errors(f"--model_path {directory}"):
             ends = GenerationConfig.from_pretrained(directory).eos_token_id
         if ends is not None:

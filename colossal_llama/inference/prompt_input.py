@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from collections.abc import Iterable
 
-from colossal_llama.dataset.jsonl import UTF8_BOM, BadRecord, parse_object, take_string
-from colossal_llama.inference.arguments import STANDARD_INPUT
+from colossal_llama.corpus.jsonl import UTF8_BOM
+from colossal_llama.corpus.records import BadRecord, parse_object, take_string
+from colossal_llama.inference.settings import STANDARD_INPUT, PromptSettings
 from colossal_llama.utils.errors import UserError
 
 MAX_PROBLEMS = 20
 
 
-def read_prompts(args: Namespace) -> list[str]:
+def read_prompts(settings: PromptSettings) -> list[str]:
     """Every prompt that `--input_txt` or `--input_file` names, in order.
 
     Raises:
         UserError: lines that can't be used, each by name and number, or no prompt at all.
     """
-    if args.input_txt is not None:
-        return args.input_txt
-    if args.input_file == STANDARD_INPUT:
-        return parse_prompts("standard input", sys.stdin.buffer, holds_jsonl(args))
-    with open(args.input_file, "rb") as file:
-        return parse_prompts(args.input_file, file, holds_jsonl(args))
-
-
-def holds_jsonl(args: Namespace) -> bool:
-    """Whether `--input_file` is JSONL: said by `--input_format`, or by the file's name."""
-    if args.input_format != "auto":
-        return args.input_format == "jsonl"
-    return args.input_file is not None and args.input_file.endswith(".jsonl")
+    if settings.input_txt is not None:
+        return settings.input_txt
+    if settings.input_file == STANDARD_INPUT:
+        return parse_prompts("standard input", sys.stdin.buffer, settings.holds_jsonl)
+    with open(settings.input_file, "rb") as file:
+        return parse_prompts(settings.input_file, file, settings.holds_jsonl)
 
 
 def parse_prompts(name: str, lines: Iterable[bytes], jsonl: bool) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 
 def note(message: str) -> None:
@@ -23,6 +24,16 @@ def prepare_streams() -> None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (open as long as the program runs)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def until_reader_leaves() -> Iterator[None]:
+    """Ends quietly where the reader of standard output (`head`, say) has what it wants."""
+    try:
+        yield
+    except BrokenPipeError:
+        # Python would complain again when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_message(prompt: str) -> str | None:

@@ -94,7 +94,7 @@ def launch(words: Sequence[str], environ: Mapping[str, str]) -> int:
     say("Checking with train.py --dry_run")
     run_check(["python", *command.training, "--dry_run"], {**environment, "WORLD_SIZE": str(world_size)})
 
-    launcher = command.launcher_words()
+    launcher = command.launcher_words(hosts)
     say(f"Starting: {' '.join(launcher)}")
     processes = HostProcesses(hosts, command.ssh_port, command.save_dir())
     return Supervisor(processes, command.save_dir(), grace).run(launcher, environment)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from colossal_llama.launch import probe
+from colossal_llama.launch.settings import HostSettings
 from colossal_llama.launch.ssh_probe import Answer, Directories
 from colossal_llama.utils.console import format_table
 
@@ -16,7 +16,7 @@ GPU_IN_USE = 0.1
 MISSING = "-"
 
 
-def find_problems(answers: list[Answer], args: argparse.Namespace, directories: Directories) -> list[str]:
+def find_problems(answers: list[Answer], settings: HostSettings, directories: Directories) -> list[str]:
     """Everything that would keep training from starting, host by host."""
     problems = [answer.problem for answer in answers if answer.problem is not None]
     reached = [answer for answer in answers if answer.facts is not None]
@@ -32,8 +32,8 @@ def find_problems(answers: list[Answer], args: argparse.Namespace, directories: 
             continue
         problems += _version_problems(answer, reference)
         problems += _path_problems(answer, reference, directories)
-        problems += _network_problems(answer, answers[0], args, len(answers))
-        problems += _gpu_problems(answer, reached, args)
+        problems += _network_problems(answer, answers[0], settings, len(answers))
+        problems += _gpu_problems(answer, reached, settings)
     return problems
 
 
@@ -83,12 +83,11 @@ def _path_problems(answer: Answer, reference: Answer, directories: Directories) 
         yield f"{answer.host}: --save_dir {directories.save_dir}: can't be written there"
 
 
-def _network_problems(
-    answer: Answer, first: Answer, args: argparse.Namespace, num_hosts: int
-) -> Iterator[str]:
+def _network_problems(answer: Answer, first: Answer, settings: HostSettings, num_hosts: int) -> Iterator[str]:
     facts = answer.facts
     if facts["port"] is not None:
-        yield f"{answer.host}: port {args.master_port}: {facts['port']}; choose another with --master_port"
+        port = settings.master_port
+        yield f"{answer.host}: port {port}: {facts['port']}; choose another with --master_port"
     if num_hosts == 1:
         return
     address = facts["first_address"]
@@ -98,7 +97,7 @@ def _network_problems(
         yield f"{answer.host}: takes {first.host} for itself ({address}); correct /etc/hosts there"
     elif first.facts is not None and first.facts["port"] is None and facts.get("connection"):
         yield (
-            f"{answer.host}: can't reach {first.host} ({address}) at port {args.master_port}: "
+            f"{answer.host}: can't reach {first.host} ({address}) at port {settings.master_port}: "
             f"{facts['connection']}; open the firewall between the hosts for all ports above 1023"
         )
     yield from _interface_problems(answer)
@@ -131,7 +130,7 @@ def _nccl_takes(setting: str, name: str) -> bool:
     return matches != excludes
 
 
-def _gpu_problems(answer: Answer, reached: list[Answer], args: argparse.Namespace) -> Iterator[str]:
+def _gpu_problems(answer: Answer, reached: list[Answer], settings: HostSettings) -> Iterator[str]:
     gpus = answer.facts["gpus"]
     if isinstance(gpus, str):
         yield f"{answer.host}: its GPUs can't be used: {gpus}"
@@ -139,9 +138,9 @@ def _gpu_problems(answer: Answer, reached: list[Answer], args: argparse.Namespac
     if not any(isinstance(other.facts["gpus"], str) or other.facts["gpus"] for other in reached):
         return
     usable = _usable_gpus(gpus)
-    if args.nproc_per_node is not None and usable < args.nproc_per_node:
+    if settings.nproc_per_node is not None and usable < settings.nproc_per_node:
         yield (
-            f"{answer.host}: {usable} GPUs for --nproc_per_node {args.nproc_per_node}; start fewer "
+            f"{answer.host}: {usable} GPUs for --nproc_per_node {settings.nproc_per_node}; start fewer "
             "processes, or leave the host out"
         )
 

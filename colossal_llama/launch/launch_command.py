@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from colossal_llama.launch.gpus import least_used, list_gpus
 from colossal_llama.launch.messages import say
+from colossal_llama.launch.settings import DEFAULT_MASTER_PORT
+from colossal_llama.training.settings import OutputSettings
 from colossal_llama.utils.arguments import ArgumentParser
 from colossal_llama.utils.errors import UserError
 
 LAUNCHER = ("colossalai", "run")
 SCRIPT = "train.py"  # the run's processes are found by it, see host_processes.py
-DEFAULT_MASTER_PORT = "29500"
 CPU_PROCESSES = 2
 
 
@@ -39,25 +40,28 @@ class LaunchCommand:
 
     def preflight_words(self) -> list[str]:
         """The pre-flight check's arguments."""
+        hostfile = [] if self.hostfile is None else ["--hostfile", self.hostfile]
         ssh_port = [] if self.ssh_port is None else ["--ssh_port", self.ssh_port]
-        return [*self._options(), *ssh_port, *self.training]
+        return [*self._processes(), *hostfile, *ssh_port, *self.training]
 
-    def launcher_words(self) -> list[str]:
-        """The command to run. It joins the arguments of training with spaces and hands them to a shell."""
+    def launcher_words(self, hosts: Sequence[str] | None) -> list[str]:
+        """The command to run. It joins the arguments of training with spaces and hands them to a shell.
+
+        Args:
+            hosts: those of the hostfile. `colossalai run` would read the file for itself, and take a byte
+                order mark for a part of the first name.
+        """
+        named = [] if hosts is None else ["--host", ",".join(hosts)]
         ssh_port = [] if self.ssh_port is None else ["--ssh-port", self.ssh_port]
         script, *arguments = self.training
-        return [*LAUNCHER, *self._options(), *ssh_port, script, *map(shlex.quote, arguments)]
+        return [*LAUNCHER, *self._processes(), *named, *ssh_port, script, *map(shlex.quote, arguments)]
 
-    def _options(self) -> list[str]:
-        hostfile = [] if self.hostfile is None else ["--hostfile", self.hostfile]
-        return [
-            *("--nproc_per_node", str(self.num_processes), "--master_port", self.master_port),
-            *hostfile,
-        ]
+    def _processes(self) -> list[str]:
+        return ["--nproc_per_node", str(self.num_processes), "--master_port", self.master_port]
 
-    def save_dir(self, default: str = "checkpoint_dir") -> str:
+    def save_dir(self) -> str:
         """The value of `--save_dir`, which also tells this run's processes from all others."""
-        found, previous = default, ""
+        found, previous = str(OutputSettings.save_dir), ""
         for word in self.training:
             if previous == "--save_dir":
                 found = word
@@ -92,7 +96,7 @@ def read_launch_command(
     num_processes, variables = choose_processes(args.nproc_per_node, bool(args.hostfile), environ)
     command = LaunchCommand(
         num_processes,
-        args.master_port or (DEFAULT_MASTER_PORT if args.hostfile else str(free_port())),
+        args.master_port or (str(DEFAULT_MASTER_PORT) if args.hostfile else str(free_port())),
         args.hostfile or None,
         args.ssh_port or None,
         tuple(args.training),

@@ -12,40 +12,20 @@ from pathlib import Path
 
 from colossal_llama.launch.diagnosis import find_problems, find_warnings, format_answers
 from colossal_llama.launch.hostfile import read_hostfile
+from colossal_llama.launch.settings import HostSettings
 from colossal_llama.launch.ssh_probe import Directories, SshProbe, token_file
-from colossal_llama.utils.arguments import ArgumentParser, number, positive_int
+from colossal_llama.training.settings import OutputSettings
+from colossal_llama.utils.arguments import ArgumentParser
 from colossal_llama.utils.console import warn
 from colossal_llama.utils.errors import UserError, run_command
+from colossal_llama.utils.settings import add_settings, read_settings
 
 INPUT_FLAGS = ("--pretrained", "--dataset", "--eval_dataset", "--load_checkpoint")
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="preflight.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--hostfile",
-        type=Path,
-        default=None,
-        help="file with one host name per line; this machine alone when not given",
-    )
-    parser.add_argument(
-        "--nproc_per_node",
-        type=positive_int,
-        default=None,
-        help="processes on each host; not checked without",
-    )
-    parser.add_argument(
-        "--master_port", type=number(int, 1, 65535), default=29500, help="port on the first host"
-    )
-    parser.add_argument(
-        "--ssh_port",
-        type=number(int, 1, 65535),
-        default=None,
-        help="port of ssh (default: as ssh is configured)",
-    )
-    parser.add_argument(
-        "--timeout", type=positive_int, default=20, help="seconds that ssh may take to reach a host"
-    )
+    add_settings(parser, HostSettings, "hosts")
     parser.add_argument(
         "training",
         nargs=argparse.REMAINDER,
@@ -59,14 +39,12 @@ def directories_of(training: list[str]) -> Directories:
     """Reads `train.py …` for its directories alone; what else is wrong with it `train.py --dry_run` says."""
     if not training:
         return Directories()
-    from colossal_llama.training.arguments import build_parser as build_training_parser
-
     words = training[1:] if training[0].endswith(".py") else training
     # Unlike the full parser's, these values may be missing here: a login node has no data.
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in INPUT_FLAGS:
         reader.add_argument(flag, nargs="*", default=[])
-    reader.add_argument("--save_dir", default=str(build_training_parser().get_default("save_dir")))
+    reader.add_argument("--save_dir", default=str(OutputSettings.save_dir))
     values = vars(reader.parse_known_args(words)[0])
     inputs = [(flag, path) for flag in INPUT_FLAGS for path in values[flag.removeprefix("--")]]
     return Directories([pair for pair in inputs if _is_local(*pair)], values["save_dir"])
@@ -80,15 +58,15 @@ def _is_local(flag: str, path: str) -> bool:
 
 
 def main() -> int:
-    args = build_parser().parse_args()
-    hosts, problems = (["localhost"], []) if args.hostfile is None else read_hostfile(args.hostfile)
-    directories = directories_of(args.training)
+    parsed = build_parser().parse_args()
+    settings, directories = read_settings(HostSettings, parsed), directories_of(parsed.training)
+    hosts, problems = (["localhost"], []) if settings.hostfile is None else read_hostfile(settings.hostfile)
     with token_file(directories.save_dir, is_needed=len(hosts) > 1) as token:
-        answers = SshProbe(args, hosts, directories).probe_all(token)
+        answers = SshProbe(settings, hosts, directories).probe_all(token)
     print(format_answers(answers, directories), flush=True)
     for warning in find_warnings(answers):
         warn(warning)
-    problems += find_problems(answers, args, directories)
+    problems += find_problems(answers, settings, directories)
     if problems:
         raise UserError(problems)
     return 0

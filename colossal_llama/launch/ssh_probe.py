@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 from colossal_llama.launch import probe
 from colossal_llama.launch.environment import environment_to_pass_on
+from colossal_llama.launch.settings import HostSettings
 from colossal_llama.utils.errors import UserError
 
 # Beyond the time limit for ssh, the probe itself may take this long: fingerprints, nvidia-smi, connecting.
@@ -57,10 +57,10 @@ class Answer:
 class SshProbe:
     """Runs the probe on hosts over ssh; on this machine when there is no hostfile."""
 
-    def __init__(self, args: argparse.Namespace, hosts: list[str], directories: Directories) -> None:
-        self.args, self.hosts, self.directories = args, hosts, directories
+    def __init__(self, settings: HostSettings, hosts: list[str], directories: Directories) -> None:
+        self.settings, self.hosts, self.directories = settings, hosts, directories
         self.environment = environment_to_pass_on(os.environ)
-        self.over_ssh = args.hostfile is not None
+        self.over_ssh = settings.hostfile is not None
         self.source = Path(probe.__file__).read_text(encoding="utf-8")
 
     def probe_all(self, token: Path | None) -> list[Answer]:
@@ -88,7 +88,7 @@ class SshProbe:
             "workdir": os.getcwd(),
             "paths": sorted({path for _, path in self.directories.inputs}),
             "token": None if token is None else str(token),
-            "port": self.args.master_port,
+            "port": self.settings.master_port,
             "listens": host == self.hosts[0],
             "first_host": self.hosts[0] if len(self.hosts) > 1 else None,
         }
@@ -96,12 +96,13 @@ class SshProbe:
         words = ["env", *variables, "python", "-c", self.source, json.dumps(request)]
         if not self.over_ssh:
             return words
-        options = ["BatchMode=yes", f"ConnectTimeout={self.args.timeout}", "StrictHostKeyChecking=accept-new"]
-        port = [] if self.args.ssh_port is None else ["-p", str(self.args.ssh_port)]
+        timeout, ssh_port = self.settings.timeout, self.settings.ssh_port
+        options = ["BatchMode=yes", f"ConnectTimeout={timeout}", "StrictHostKeyChecking=accept-new"]
+        port = [] if ssh_port is None else ["-p", str(ssh_port)]
         return ["ssh", *(f"-o{option}" for option in options), *port, host, shlex.join(words)]
 
     def _finish(self, host: str, process: subprocess.Popen) -> Answer:
-        limit = self.args.timeout + PROBE_SECONDS
+        limit = self.settings.timeout + PROBE_SECONDS
         try:
             output, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:

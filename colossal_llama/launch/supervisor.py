@@ -243,7 +243,7 @@ def report_checkpoint(save_dir: str) -> None:
 
 def newest_checkpoint(save_dir: str) -> str | None:
     """The complete checkpoint with the highest step."""
-    # NOTE: `training.checkpoint_directories` would load torch.
+    # NOTE: `training.checkpoint.directories` would load torch.
     found = {}
     for marker in iglob(os.path.join(escape(save_dir), "epoch-*_step-*", "COMPLETE")):
         checkpoint = os.path.dirname(marker)

@@ -1,8 +1,8 @@
 """Which row of an extended embedding matrix holds what, and the rows themselves.
 
-A row is kept (its id means the same in both tokenizers, or it is padding of the source), new (the mean of the
-source rows of the token's own sub-tokens), or padding (beyond the target's tokens: the mean of all the
-source's rows, which no token uses).
+A row is kept (its id means the same in both tokenizers, or it is padding of the source), new (made from the
+source rows of the token's own sub-tokens, by one of `INITIALIZATIONS`), or padding (beyond the target's
+tokens: the mean of all the source's rows, which no token uses).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from colossal_llama.model.initializations import DEFAULT_INITIALIZATION, INITIALIZATIONS
 from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.messages import cap_problems
 
 if TYPE_CHECKING:
     import torch
@@ -27,16 +29,29 @@ class RowPlan:
         num_rows: rows of the target, padding included.
         num_source_tokens: source rows that belong to a token; their mean fills padding rows.
         segments: (kind, start, stop), in order and without gaps; kind is "kept", "new" or "padding".
-        subtokens: id of a new token -> the source ids that its row is the mean of.
+        subtokens: id of a new token -> the source ids that its row is made from.
+        initialization: how new rows are made, a name in `INITIALIZATIONS`.
     """
 
     num_rows: int
     num_source_tokens: int
     segments: Sequence[tuple[str, int, int]]
     subtokens: Mapping[int, Sequence[int]]
+    initialization: str = DEFAULT_INITIALIZATION
 
     def count(self, kind: str) -> int:
         return sum(stop - start for name, start, stop in self.segments if name == kind)
+
+    def new_rows(self, matrix: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """New rows `start` to `stop`, made from the source's `matrix` [rows, hidden], in fp32."""
+        return INITIALIZATIONS[self.initialization](
+            matrix, [self.subtokens[row] for row in range(start, stop)]
+        )
+
+    def new_row_alone(self, matrix: torch.Tensor, row: int) -> torch.Tensor:
+        """One new row by another way, in fp64 and from a matrix of nothing but its sub-tokens' rows."""
+        ids = list(self.subtokens[row])
+        return INITIALIZATIONS[self.initialization](matrix[ids].double(), [range(len(ids))])[0]
 
 
 def plan_rows(
@@ -45,6 +60,7 @@ def plan_rows(
     source_rows: int,
     pad_to_multiple_of: int,
     encode: Callable[[Sequence[str]], list[list[int]]],
+    initialization: str = DEFAULT_INITIALIZATION,
 ) -> RowPlan:
     """Decides for every target row where it comes from.
 
@@ -53,6 +69,7 @@ def plan_rows(
         source_rows: rows of the source's matrices; more than its tokens if they are padded.
         pad_to_multiple_of: the number of target rows is rounded up to a multiple of this.
         encode: tokens -> the source ids of each one's text.
+        initialization: how new rows are made, a name in `INITIALIZATIONS`.
 
     Raises:
         UserError: an id changes its meaning, or disappears.
@@ -65,13 +82,11 @@ def plan_rows(
         if target_tokens.get(token_id) != token
     ]
     if conflicts:
-        more = len(conflicts) - MAX_LISTED_CONFLICTS
-        rest = [f"… and {more:,} more such ids"] if more > 0 else []
         remedy = (
             "--target_tokenizer_path: not an extension of the source's tokenizer; make it with "
             "init_tokenizer.py"
         )
-        raise UserError([*conflicts[:MAX_LISTED_CONFLICTS], *rest, remedy])
+        raise UserError([*cap_problems(conflicts, "such ids", MAX_LISTED_CONFLICTS), remedy])
 
     num_tokens = max(target_tokens) + 1
     num_rows = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
@@ -103,27 +118,7 @@ def plan_rows(
                 f"token {target_tokens[row]!r} (id {row}) is no text that the source has embeddings for "
                 f"(sub-tokens {ids}, {source_rows:,} rows); rename it in the target tokenizer"
             )
-    return RowPlan(num_rows, min(len(source_tokens), source_rows), segments, subtokens)
-
-
-def mean_rows(matrix: torch.Tensor, subtokens: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The mean of the rows of each list of ids, computed in fp32.
-
-    Args:
-        matrix: [source rows, hidden], any float dtype.
-        subtokens: one list of ids for each row wanted.
-
-    Returns:
-        [len(subtokens), hidden], fp32.
-    """
-    import torch
-
-    flat = torch.tensor([token_id for ids in subtokens for token_id in ids])
-    lengths = torch.tensor([len(ids) for ids in subtokens])
-    # Only the rows in question are turned into fp32: memory stays near that of the result.
-    used, position = torch.unique(flat, return_inverse=True)
-    offsets = torch.cumsum(lengths, 0) - lengths
-    return torch.nn.functional.embedding_bag(position, matrix[used].float(), offsets, mode="mean")
+    return RowPlan(num_rows, min(len(source_tokens), source_rows), segments, subtokens, initialization)
 
 
 def mean_of_all_rows(matrix: torch.Tensor, num_rows: int, chunk_rows: int = 4096) -> torch.Tensor:

@@ -6,16 +6,17 @@ be the tokenizer's directory, never the source's.
 
 from __future__ import annotations
 
-import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from colossal_llama.model.model_config import CONFIG_FILE, GENERATION_CONFIG_FILE
-from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import ArgumentParser, existing_directory, positive_int
 from colossal_llama.utils.console import format_table, log, progress_bar
 from colossal_llama.utils.errors import UserError, run_command
+from colossal_llama.utils.output_checks import why_not_output_directory
+from colossal_llama.utils.settings import add_settings, flag, parse_settings
 
 # Says how the embeddings were made, and that the model in the directory is this script's. Training, which
 # copies vocabulary_extension.json, leaves none.
@@ -28,58 +29,58 @@ WEIGHT_PATTERNS = (
 )
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="init_model.py", description=__doc__)
-    parser.add_argument(
-        "--source_model_and_tokenizer_path",
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model and the tokenizer that are read, and the model that is written."""
+
+    source_model_and_tokenizer_path: Path = flag(
+        None,
+        "base model and its tokenizer in Hugging Face format (safetensors or .bin, sharded or not)",
         type=existing_directory,
         required=True,
-        help="base model and its tokenizer in Hugging Face format (safetensors or .bin, sharded or not)",
     )
-    parser.add_argument(
-        "--target_tokenizer_path",
-        type=existing_directory,
-        required=True,
-        help="extended tokenizer, made by init_tokenizer.py",
+    target_tokenizer_path: Path = flag(
+        None, "extended tokenizer, made by init_tokenizer.py", type=existing_directory, required=True
     )
-    parser.add_argument(
-        "--target_model_path",
+    target_model_path: Path = flag(
+        None,
+        "where the extended model goes; may be the target tokenizer's directory, never the source",
         type=Path,
         required=True,
-        help="where the extended model goes; may be the target tokenizer's directory, never the source",
     )
-    parser.add_argument(
-        "--dtype",
+    dtype: str = flag(
+        "source",
+        "dtype of the weights written; source keeps every tensor's own",
         choices=("source", "bf16", "fp16", "fp32"),
-        default="source",
-        help="dtype of the weights written; source keeps every tensor's own",
     )
-    parser.add_argument(
-        "--pad_to_multiple_of",
+    pad_to_multiple_of: int = flag(
+        1,
+        "round the number of embedding rows up to a multiple of this; 1 adds no padding",
         type=positive_int,
-        default=1,
-        help="round the number of embedding rows up to a multiple of this; 1 adds no padding",
     )
-    parser.add_flag(
-        "--overwrite",
-        default=False,
-        help="replace a model or tokenizer in the target directory that this script did not make; what it "
-        "made itself is replaced in any case",
+    overwrite: bool = flag(
+        False,
+        "replace a model or tokenizer in the target directory that this script did not make; what it made "
+        "itself is replaced in any case",
     )
-    parser.add_check(_check_directories)
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="init_model.py", description=__doc__)
+    add_settings(parser, ModelSettings, check=_check_directories)
     return parser
 
 
-def _check_directories(args: argparse.Namespace) -> list[str]:
-    source, target = args.source_model_and_tokenizer_path, args.target_model_path
+def _check_directories(settings: ModelSettings) -> list[str]:
+    source, target = settings.source_model_and_tokenizer_path, settings.target_model_path
     problems = []
     if not (source / CONFIG_FILE).exists():
         problems.append(f"--source_model_and_tokenizer_path {source}: no {CONFIG_FILE} in it")
-    if objection := objection_to_output(target):
-        problems.append(f"--target_model_path {target}: {objection}")
+    if reason := why_not_output_directory(target):
+        problems.append(f"--target_model_path {target}: {reason}")
     elif target.exists() and target.samefile(source):
         problems.append(f"--target_model_path {target}: is the source directory; the source is never changed")
-    elif not args.overwrite and (foreign := _foreign_files(args)):
+    elif not settings.overwrite and (foreign := _foreign_files(settings)):
         problems.append(
             f"--target_model_path {target}: holds files that this script did not make "
             f"({', '.join(foreign[:5])}); choose another directory, or --overwrite"
@@ -87,16 +88,16 @@ def _check_directories(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _foreign_files(args: argparse.Namespace) -> list[str]:
+def _foreign_files(settings: ModelSettings) -> list[str]:
     """What would be replaced in the target directory, unless an earlier run of this script made it."""
     from colossal_llama.tokenizer.tokenizer_files import files_of_tokenizer, is_extension
 
-    target = args.target_model_path
+    target = settings.target_model_path
     if not target.exists() or (target / INITIALIZATION_FILE).is_file():
         return []
     found = [name for name in (CONFIG_FILE, GENERATION_CONFIG_FILE) if (target / name).exists()]
     found += _weight_names(target)
-    if not target.samefile(args.target_tokenizer_path) and not is_extension(target):
+    if not target.samefile(settings.target_tokenizer_path) and not is_extension(target):
         found += files_of_tokenizer(target)
     return found
 
@@ -107,7 +108,7 @@ def _weight_names(directory: Path) -> list[str]:
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    settings = parse_settings(build_parser(), ModelSettings)
 
     from colossal_llama.model.embedding_extension import plan_rows
     from colossal_llama.model.model_config import read_model_config
@@ -116,46 +117,45 @@ def main() -> None:
     from colossal_llama.tokenizer.subtokens import encode_tokens, token_table
     from colossal_llama.tokenizer.tokenizer_files import read_tokenizer_files
 
-    source = args.source_model_and_tokenizer_path
+    source = settings.source_model_and_tokenizer_path
     config = read_model_config(source, f"--source_model_and_tokenizer_path {source}")
     source_tokenizer = read_tokenizer_files(source, "--source_model_and_tokenizer_path")
-    target_tokenizer = read_tokenizer_files(args.target_tokenizer_path, "--target_tokenizer_path")
+    target_tokenizer = read_tokenizer_files(settings.target_tokenizer_path, "--target_tokenizer_path")
     layout = read_layout(find_shards(source, "--source_model_and_tokenizer_path"))
     rows, _ = check_embeddings(layout, bool(config.get("tie_word_embeddings", False)), source)
     plan = plan_rows(
         token_table(source_tokenizer),
         token_table(target_tokenizer),
         rows,
-        args.pad_to_multiple_of,
+        settings.pad_to_multiple_of,
         lambda tokens: encode_tokens(source_tokenizer, tokens),
     )
-    write_model(args, config, layout, plan)
-    summarise(args, rows, plan)
+    write_model(settings, config, layout, plan)
+    summarise(settings, rows, plan)
 
 
-def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, plan: Any) -> None:
+def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, plan: Any) -> None:
     """Writes how it is made, shards, tokenizer and generation config, index, and `config.json` last of all.
 
     Without `config.json` nothing loads the directory, so a killed run never looks finished.
     """
+    from colossal_llama.model.dtypes import FLOAT_FLAGS, torch_name
     from colossal_llama.model.model_extension import (
-        DTYPES,
         index_of,
         target_tensor,
         write_shard,
     )
-    from colossal_llama.model.newer_config import earlier_names
     from colossal_llama.model.weight_files import (
-        FLOAT_DTYPES,
         SAFETENSORS_INDEX,
         SAFETENSORS_SINGLE,
         output_name,
         sum_bytes,
     )
+    from colossal_llama.upstream.newer_model_config import earlier_names
     from colossal_llama.utils.files import sync_directory, write_json
 
-    target = args.target_model_path
-    dtype = DTYPES.get(args.dtype)
+    target = settings.target_model_path
+    dtype = FLOAT_FLAGS.get(settings.dtype)
     names = {path: output_name(path) for path in layout.shards}
     if len(names) == 1:  # also of an index of one shard: written without an index, no other name is found
         names = dict.fromkeys(names, SAFETENSORS_SINGLE)
@@ -169,8 +169,8 @@ def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, p
     write_json(
         target / INITIALIZATION_FILE,
         {
-            "dtype": args.dtype,
-            "pad_to_multiple_of": args.pad_to_multiple_of,
+            "dtype": settings.dtype,
+            "pad_to_multiple_of": settings.pad_to_multiple_of,
             **{f"{kind}_rows": plan.count(kind) for kind in ("kept", "new", "padding")},
         },
     )
@@ -185,7 +185,7 @@ def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, p
         if not _weight_names(target):
             (target / INITIALIZATION_FILE).unlink()
         raise
-    _copy_small_files(args)
+    _copy_small_files(settings)
     if len(names) > 1:
         write_json(target / SAFETENSORS_INDEX, index_of(written))
     pad_token_id = config.get("pad_token_id")
@@ -193,9 +193,9 @@ def write_model(args: argparse.Namespace, config: dict[str, Any], layout: Any, p
         config = {**config, "pad_token_id": None}  # none so far; a new row has that number now
     config = {**config, **earlier_names(config), "vocab_size": plan.num_rows}
     if dtype is not None:
-        config["torch_dtype"] = FLOAT_DTYPES[dtype]
+        config["torch_dtype"] = torch_name(dtype)
         if "dtype" in config:
-            config["dtype"] = FLOAT_DTYPES[dtype]
+            config["dtype"] = torch_name(dtype)
     sync_directory(target)
     write_json(target / CONFIG_FILE, config)
 
@@ -219,20 +219,20 @@ def _refuse_full_disk(target: Path, needed: int) -> None:
         )
 
 
-def _copy_small_files(args: argparse.Namespace) -> None:
+def _copy_small_files(settings: ModelSettings) -> None:
     from colossal_llama.tokenizer.tokenizer_files import copy_tokenizer
 
-    target = args.target_model_path
-    if not target.samefile(args.target_tokenizer_path):
-        copy_tokenizer(args.target_tokenizer_path, target)
-    generation = args.source_model_and_tokenizer_path / GENERATION_CONFIG_FILE
+    target = settings.target_model_path
+    if not target.samefile(settings.target_tokenizer_path):
+        copy_tokenizer(settings.target_tokenizer_path, target)
+    generation = settings.source_model_and_tokenizer_path / GENERATION_CONFIG_FILE
     if generation.exists():
         content = generation.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a mark that other programs refuse
         (target / GENERATION_CONFIG_FILE).unlink(missing_ok=True)  # not through a link
         (target / GENERATION_CONFIG_FILE).write_bytes(content)
 
 
-def summarise(args: argparse.Namespace, source_rows: int, plan: Any) -> None:
+def summarise(settings: ModelSettings, source_rows: int, plan: Any) -> None:
     lengths = [len(ids) for ids in plan.subtokens.values()]
     table = [
         ("source rows", source_rows),
@@ -247,7 +247,7 @@ def summarise(args: argparse.Namespace, source_rows: int, plan: Any) -> None:
         table.append(("sub-tokens a new row, most", max(lengths)))
     log(format_table(["embeddings", "count"], table))
     log("Checked: kept rows equal the source's, new rows are finite and samples of them equal their means")
-    log(f"Model: {args.target_model_path}")
+    log(f"Model: {settings.target_model_path}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colossal_llama.model.newer_config import adopt_earlier_names
+from colossal_llama.upstream.newer_model_config import adopt_earlier_names
 from colossal_llama.utils.console import warn
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json_object
@@ -63,7 +63,7 @@ _MAX_SHOWN_CHARACTERS = 60
 def read_model_config(directory: Path, where: str) -> dict[str, Any]:
     """The content of a local model's `config.json`, checked together with its `generation_config.json`.
 
-    A padding token outside the vocabulary counts as none; a warning says so.
+    A padding token outside the vocabulary counts as none, with a warning.
 
     Args:
         where: what a message begins with: the flag and its value.

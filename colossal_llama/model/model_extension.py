@@ -8,29 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from colossal_llama.model.embedding_extension import RowPlan, mean_of_all_rows, mean_rows
+from colossal_llama.model.dtypes import is_float, torch_dtype, torch_name
+from colossal_llama.model.embedding_extension import RowPlan, mean_of_all_rows
 from colossal_llama.model.weight_files import (
     CHUNK_BYTES,
-    FLOAT_DTYPES,
     BinShard,
     SafetensorsShard,
     TensorInfo,
     iterate_chunks,
     open_shard,
     sum_bytes,
-    torch_dtype,
     write_header,
     write_tensor,
 )
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import naming
+from colossal_llama.utils.files import with_filename_in_errors
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_HEAD = "lm_head.weight"
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 # Frequencies of the rotary embedding in old checkpoints: never read, and wrong in half precision.
 _ALWAYS_AS_THEY_ARE = ("rotary_emb.inv_freq",)
@@ -83,7 +81,7 @@ def check_embeddings(layout: ModelLayout, tied: bool, directory: Path) -> tuple[
             f"{directory}: no tensor {OUTPUT_HEAD}, though config.json does not tie the embeddings"
         )
     for tensor in (embedding, head):
-        if tensor is not None and (tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) != 2):
+        if tensor is not None and (not is_float(tensor.dtype) or len(tensor.shape) != 2):
             raise UserError(
                 f"{directory}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}; fp32, fp16 or bf16 "
                 "matrices are needed, so start from the model before quantization"
@@ -98,9 +96,7 @@ def check_embeddings(layout: ModelLayout, tied: bool, directory: Path) -> tuple[
 
 def target_tensor(tensor: TensorInfo, plan: RowPlan, dtype: str | None) -> TensorInfo:
     """What `tensor` becomes; `dtype` is a safetensors name, None to keep the source's."""
-    convert = (
-        dtype is not None and tensor.dtype in FLOAT_DTYPES and not tensor.name.endswith(_ALWAYS_AS_THEY_ARE)
-    )
+    convert = dtype is not None and is_float(tensor.dtype) and not tensor.name.endswith(_ALWAYS_AS_THEY_ARE)
     shape = (plan.num_rows, tensor.shape[1]) if tensor.name in (EMBEDDING, OUTPUT_HEAD) else tensor.shape
     return TensorInfo(tensor.name, dtype if convert else tensor.dtype, shape)
 
@@ -112,7 +108,7 @@ def write_shard(
     dtype: str | None,
     advance: Callable[[int], Any],
 ) -> list[TensorInfo]:
-    """Writes `source`'s tensors to `target` aside, checks the new embeddings, and gives the file its name.
+    """Writes `source`'s tensors to `target` aside, checks the new embeddings, then renames the file.
 
     Args:
         dtype: safetensors dtype of the floating-point tensors; None keeps each one's own.
@@ -126,7 +122,7 @@ def write_shard(
     aside = target.with_name(f".{target.name}.tmp")
     try:
         written = [target_tensor(tensor, plan, dtype) for tensor in shard.tensors.values()]
-        with naming(target), open(aside, "wb") as output:
+        with with_filename_in_errors(target), open(aside, "wb") as output:
             write_header(written, output)
             for tensor in written:
                 if tensor.name in (EMBEDDING, OUTPUT_HEAD):
@@ -168,7 +164,7 @@ def _write_embedding(
             if kind == "kept":
                 rows = matrix[first:last]
             elif kind == "new":
-                rows = mean_rows(matrix, [plan.subtokens[row] for row in range(first, last)])
+                rows = plan.new_rows(matrix, first, last)
             else:
                 rows = mean_of_all_rows(matrix, plan.num_source_tokens).expand(last - first, hidden)
             write_tensor(_converted(rows, tensor), output)
@@ -184,7 +180,7 @@ def _converted(values: torch.Tensor, tensor: TensorInfo) -> torch.Tensor:
     if not all_finite(converted) and all_finite(values):
         raise UserError(
             f"{tensor.name}: holds values up to {values.abs().max().item():.6g}, too large for "
-            f"{FLOAT_DTYPES[tensor.dtype]}; choose --dtype bf16 or fp32"
+            f"{torch_name(tensor.dtype)}; choose --dtype bf16 or fp32"
         )
     return converted
 
@@ -205,7 +201,7 @@ def all_finite(values: torch.Tensor) -> bool:
 def _check_shard(
     shard: SafetensorsShard | BinShard, path: Path, expected: list[TensorInfo], plan: RowPlan
 ) -> None:
-    """Reads the file back: tensors as planned, kept rows equal to the source's, new rows their means."""
+    """Reads the file back: tensors as planned, kept rows equal to the source's, new rows as they must be."""
     result = SafetensorsShard(path)
     try:
         if list(result.tensors.values()) != expected:
@@ -238,8 +234,7 @@ def _check_embedding(
             if right and kind == "new":
                 # A few of each step by another way: one row at a time, in float64.
                 for row in {first, (first + last) // 2, last - 1}:
-                    mean = matrix[list(plan.subtokens[row])].double().mean(0)
-                    right = right and _close(rows[row - first], mean)
+                    right = right and _close(rows[row - first], plan.new_row_alone(matrix, row))
             if not right:
                 raise UserError(
                     f"{tensor.name}: rows {first:,} to {last - 1:,} are not what they should be; "
@@ -247,13 +242,16 @@ def _check_embedding(
                 )
 
 
-def _close(row: torch.Tensor, mean: torch.Tensor) -> bool:
-    """Whether `row` is `mean` within its own dtype's rounding and fp32's summation."""
+def _close(row: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether `row` is `expected` within its own dtype's rounding and fp32's summation."""
     import torch
 
     step = torch.finfo(row.dtype).eps
     return torch.allclose(
-        row.double(), mean, rtol=step, atol=1e-6 * mean.abs().max().item() + torch.finfo(row.dtype).tiny
+        row.double(),
+        expected,
+        rtol=step,
+        atol=1e-6 * expected.abs().max().item() + torch.finfo(row.dtype).tiny,
     )
 
 

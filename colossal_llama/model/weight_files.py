@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
+from colossal_llama.model.dtypes import ITEM_BYTES, safetensors_name, torch_dtype
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json_object
+from colossal_llama.utils.messages import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +33,6 @@ _WEIGHT_NAMES = ((SAFETENSORS_SINGLE, SAFETENSORS_INDEX), (BIN_SINGLE, BIN_INDEX
 CHUNK_BYTES = 32 * 2**20
 _HEADER_ALIGNMENT = 8
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
-
-FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
-    "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * _ITEM_BYTES[self.dtype]
+        return self.num_elements * ITEM_BYTES[self.dtype]
 
 
 class SupportsWrite(Protocol):
@@ -111,14 +107,14 @@ class SafetensorsShard:
             raise UserError(f"{self.path}: damaged safetensors file ({error})") from None
 
     def copy(self, name: str, start: int, stop: int, output: BinaryIO) -> None:
-        item = _ITEM_BYTES[self.tensors[name].dtype]
+        item = ITEM_BYTES[self.tensors[name].dtype]
         copy_range(self._file, self._begin[name] + start * item, (stop - start) * item, output)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
 
         values = torch.empty(stop - start, dtype=torch_dtype(self.tensors[name].dtype))
-        item = _ITEM_BYTES[self.tensors[name].dtype]
+        item = ITEM_BYTES[self.tensors[name].dtype]
         self._file.seek(self._begin[name] + start * item)
         if self._file.readinto(memoryview(values.view(torch.uint8).numpy())) != values.numel() * item:
             raise UserError(f"{self.path}: the file ends inside tensor {name}")
@@ -145,22 +141,21 @@ class BinShard:
                 mapped = False
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: can't be loaded as plain weights ({reason})") from None
+            raise UserError(f"{path}: can't be loaded as plain weights ({first_line(error)})") from None
         if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
             raise UserError(f"{path}: not a dictionary of tensors")
-        dtype_names = {torch_dtype(name): name for name in _ITEM_BYTES}
         self.tensors = {}
         for name, tensor in state.items():
-            if tensor.dtype not in dtype_names:
+            dtype = safetensors_name(tensor.dtype)
+            if dtype is None:
                 raise UserError(f"{path}: tensor {name} is {tensor.dtype}, which safetensors can't hold")
-            self.tensors[name] = TensorInfo(name, dtype_names[tensor.dtype], tuple(tensor.shape))
+            self.tensors[name] = TensorInfo(name, dtype, tuple(tensor.shape))
         self._state = {name: tensor.contiguous() for name, tensor in state.items()}
         # Pages of these can be read from the file again; dropping any others would lose the weights.
         self._mapped = {name for name, tensor in state.items() if mapped and self._state[name] is tensor}
 
     def copy(self, name: str, start: int, stop: int, output: BinaryIO) -> None:
-        for chunk in _chunks(start, stop, CHUNK_BYTES // _ITEM_BYTES[self.tensors[name].dtype]):
+        for chunk in _chunks(start, stop, CHUNK_BYTES // ITEM_BYTES[self.tensors[name].dtype]):
             write_tensor(self._state[name].view(-1)[chunk.start : chunk.stop], output)
             self._forget(name, chunk)
 
@@ -174,7 +169,7 @@ class BinShard:
         import ctypes
         import mmap
 
-        item = _ITEM_BYTES[self.tensors[name].dtype]
+        item = ITEM_BYTES[self.tensors[name].dtype]
         base = self._state[name].data_ptr()
         first = -(-(base + elements.start * item) // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (base + elements.stop * item) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -185,23 +180,6 @@ class BinShard:
 
     def close(self) -> None:
         self._state.clear()
-
-
-def torch_dtype(name: str) -> Any:
-    """The torch dtype of a safetensors dtype name; None where this torch has none."""
-    import torch
-
-    return {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-        "U8": torch.uint8, "BOOL": torch.bool,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    }.get(name)  # fmt: skip
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype."""
-    return next(name for name in _ITEM_BYTES if torch_dtype(name) is dtype)
 
 
 def check_index(directory: Path, flag: str) -> None:
@@ -313,7 +291,7 @@ def _copy_in_kernel(source: int, start: int, end: int, output: int) -> int:
 
 def iterate_chunks(tensor: TensorInfo) -> Iterator[range]:
     """Ranges of elements that cover the tensor, at most 32 MiB each."""
-    return _chunks(0, tensor.num_elements, CHUNK_BYTES // _ITEM_BYTES[tensor.dtype])
+    return _chunks(0, tensor.num_elements, CHUNK_BYTES // ITEM_BYTES[tensor.dtype])
 
 
 def _chunks(start: int, stop: int, size: int) -> Iterator[range]:

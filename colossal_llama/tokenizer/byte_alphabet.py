@@ -25,7 +25,7 @@ def byte_token(text: str) -> str:
 
 
 def token_bytes(token: str) -> bytes:
-    """The bytes that a token stands for.
+    """The bytes that a token represents.
 
     Raises:
         KeyError: it is no byte-level token, but a special one for instance.

@@ -6,17 +6,17 @@ that a tokenizer adds by itself (BOS) are not counted.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import ArgumentParser, directory_list
 from colossal_llama.utils.console import format_table, log, progress_bar
 from colossal_llama.utils.errors import UserError, run_command
-from colossal_llama.utils.files import objection_to_replacing
+from colossal_llama.utils.messages import first_line
+from colossal_llama.utils.output_checks import why_not_output_file
+from colossal_llama.utils.settings import add_settings, flag, parse_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,57 +34,53 @@ class Comparison:
     mean_tokens_per_sample: float
 
 
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """The tokenizers that are compared, on which corpus."""
+
+    tokenizer_dirs: list[Path] = flag(
+        None,
+        "comma list of tokenizer directories, in the order of the table",
+        type=directory_list,
+        required=True,
+    )
+    data_input_dirs: list[Path] = flag(
+        None,
+        "comma list of directories with JSONL pre-training records or conversations; each record is a sample",
+        type=directory_list,
+        required=True,
+    )
+    output_file: Path | None = flag(
+        None, "JSON file to write the figures to as well; replaces no other kind of file", type=Path
+    )
+
+
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="compare_tokenizers.py", description=__doc__)
-    parser.add_argument(
-        "--tokenizer_dirs",
-        type=directory_list,
-        required=True,
-        help="comma list of tokenizer directories, in the order of the table",
-    )
-    parser.add_argument(
-        "--data_input_dirs",
-        type=directory_list,
-        required=True,
-        help="comma list of directories with JSONL pre-training records or conversations; each record is a "
-        "sample",
-    )
-    parser.add_argument(
-        "--output_file",
-        type=Path,
-        help="JSON file to write the figures to as well; replaces no other kind of file",
-    )
-    parser.add_check(_check_output)
+    add_settings(parser, ComparisonSettings, check=_check_output)
     return parser
 
 
-def _check_output(args: argparse.Namespace) -> list[str]:
-    if args.output_file is None:
+def _check_output(settings: ComparisonSettings) -> list[str]:
+    if settings.output_file is None:
         return []
     names = [field.name for field in fields(Comparison)]
-    objection = objection_to_output(args.output_file.parent)
-    if objection is None and args.output_file.is_dir():
-        objection = "is a directory"
-    if objection is None:
-        objection = objection_to_replacing(
-            args.output_file, lambda rows: isinstance(rows, list) and all(list(row) == names for row in rows)
-        )
-    return [f"--output_file {args.output_file}: {objection}"] if objection else []
+    reason = why_not_output_file(
+        settings.output_file,
+        lambda rows: isinstance(rows, list) and all(list(row) == names for row in rows),
+    )
+    return [f"--output_file {settings.output_file}: {reason}"] if reason else []
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a directory; special-token strings in texts are plain text to it."""
-    from transformers import AutoTokenizer
+    from colossal_llama.tokenizer.loading import load_pretrained_tokenizer
 
-    from colossal_llama.tokenizer.tokenizer_files import check_settings
-
-    check_settings(directory)
-    try:
-        # Not left open: transformers would ask standard input whether to run the directory's code.
-        return AutoTokenizer.from_pretrained(directory, split_special_tokens=True, trust_remote_code=False)
-    except Exception as error:  # the Rust library has no exception types of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--tokenizer_dirs {directory}: no tokenizer can be loaded ({reason})") from None
+    return load_pretrained_tokenizer(
+        directory,
+        lambda error: f"--tokenizer_dirs {directory}: no tokenizer can be loaded ({first_line(error)})",
+        split_special_tokens=True,
+    )
 
 
 def compare(name: str, tokenizer: PreTrainedTokenizerBase, samples: Iterable[str]) -> Comparison:
@@ -115,20 +111,20 @@ def compare(name: str, tokenizer: PreTrainedTokenizerBase, samples: Iterable[str
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    settings = parse_settings(build_parser(), ComparisonSettings)
 
     from colossal_llama.tokenizer.corpus_texts import read_samples
     from colossal_llama.utils.files import write_json
 
     comparisons = []
-    for directory in args.tokenizer_dirs:
+    for directory in settings.tokenizer_dirs:
         tokenizer = load_tokenizer(directory)
-        samples = progress_bar(read_samples(args.data_input_dirs), unit=" samples", desc=directory.name)
+        samples = progress_bar(read_samples(settings.data_input_dirs), unit=" samples", desc=directory.name)
         comparisons.append(compare(str(directory), tokenizer, samples))
     header = ["Tokenizer", "Vocabulary size", "Compression rate", "Average length of samples (tokens)"]
     log(format_table(header, [tuple(asdict(comparison).values()) for comparison in comparisons]))
-    if args.output_file is not None:
-        write_json(args.output_file, [asdict(comparison) for comparison in comparisons])
+    if settings.output_file is not None:
+        write_json(settings.output_file, [asdict(comparison) for comparison in comparisons])
 
 
 if __name__ == "__main__":

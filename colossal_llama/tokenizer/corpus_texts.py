@@ -7,16 +7,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from colossal_llama.dataset.jsonl import (
-    BadRecord,
-    find_input_files,
-    make_shards,
-    parse_object,
-    read_lines,
-    take_string,
-)
-from colossal_llama.tokenizer.pieces_file import MAX_LISTED_PROBLEMS
+from colossal_llama.corpus.jsonl import find_input_files, make_shards, read_lines
+from colossal_llama.corpus.records import BadRecord, parse_object, take_string
 from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.messages import MAX_LISTED_PROBLEMS
 
 
 def read_samples(directories: list[Path]) -> Iterator[str]:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from colossal_llama.tokenizer.pieces_file import ListedPieces, cap_problems
+from colossal_llama.tokenizer.pieces_file import ListedPieces
 from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.messages import cap_problems
 
 UNREACHABLE_MODES = ("report", "add", "drop", "error")
 

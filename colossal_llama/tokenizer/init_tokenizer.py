@@ -7,15 +7,14 @@ tokenizer.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colossal_llama.tokenizer.extension import UNREACHABLE_MODES, VocabularyExtension
-from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.tokenizer.tokenizer_files import (
     REPORT_FILE,
     files_of_tokenizer,
@@ -25,53 +24,53 @@ from colossal_llama.tokenizer.tokenizer_files import (
 from colossal_llama.utils.arguments import ArgumentParser, existing_directory, existing_file
 from colossal_llama.utils.console import format_table, log, warn
 from colossal_llama.utils.errors import UserError, run_command
+from colossal_llama.utils.messages import first_line
+from colossal_llama.utils.output_checks import why_not_output_directory
+from colossal_llama.utils.settings import add_settings, flag, parse_settings
 
 if TYPE_CHECKING:
     from colossal_llama.tokenizer.agreement import Agreement
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="init_tokenizer.py", description=__doc__)
-    parser.add_argument(
-        "--source_tokenizer_dir",
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The tokenizer that is extended, the new pieces, and the tokenizer that is written."""
+
+    source_tokenizer_dir: Path = flag(
+        None,
+        "tokenizer to extend: tokenizer.model (LLaMA-2) or tokenizer.json (LLaMA-3), with its configuration",
         type=existing_directory,
         required=True,
-        help="tokenizer to extend: tokenizer.model (LLaMA-2) or tokenizer.json (LLaMA-3), with its "
-        "configuration",
     )
-    parser.add_argument(
-        "--target_tokenizer_dir",
-        type=Path,
-        required=True,
-        help="where the extended tokenizer goes; never the source directory",
+    target_tokenizer_dir: Path = flag(
+        None, "where the extended tokenizer goes; never the source directory", type=Path, required=True
     )
-    parser.add_argument(
-        "--expand_tokens_file",
-        type=existing_file,
-        required=True,
-        help='JSONL file of new pieces, {"piece": "..."} a line',
+    expand_tokens_file: Path = flag(
+        None, 'JSONL file of new pieces, one {"piece": "..."} per line', type=existing_file, required=True
     )
-    parser.add_argument(
-        "--unreachable",
+    unreachable: str = flag(
+        "report",
+        "pieces that no text can ever yield: add them and say so (report), add the missing intermediate "
+        "pieces too (add), leave them out (drop), or stop (error)",
         choices=UNREACHABLE_MODES,
-        default="report",
-        help="pieces that no text can ever yield: add them and say so (report), add the missing "
-        "intermediate pieces too (add), leave them out (drop), or stop (error)",
     )
-    parser.add_flag(
-        "--overwrite",
-        default=False,
-        help="replace a tokenizer in the target directory that this script did not make; what it made itself "
-        "is replaced in any case",
+    overwrite: bool = flag(
+        False,
+        "replace a tokenizer in the target directory that this script did not make; what it made itself is "
+        "replaced in any case",
     )
-    parser.add_check(_check_directories)
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="init_tokenizer.py", description=__doc__)
+    add_settings(parser, TokenizerSettings, check=_check_directories)
     return parser
 
 
-def _check_directories(args: argparse.Namespace) -> list[str]:
-    source, target = args.source_tokenizer_dir, args.target_tokenizer_dir
-    if objection := objection_to_output(target):
-        return [f"--target_tokenizer_dir {target}: {objection}"]
+def _check_directories(settings: TokenizerSettings) -> list[str]:
+    source, target = settings.source_tokenizer_dir, settings.target_tokenizer_dir
+    if reason := why_not_output_directory(target):
+        return [f"--target_tokenizer_dir {target}: {reason}"]
     if target.exists() and target.samefile(source):
         return [f"--target_tokenizer_dir {target}: is the source directory; the source is never changed"]
     weights = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in target.glob(pattern))
@@ -80,7 +79,7 @@ def _check_directories(args: argparse.Namespace) -> list[str]:
             f"--target_tokenizer_dir {target}: holds model weights ({weights[0]}) that would no longer fit "
             "the tokenizer; choose another directory or remove the model"
         ]
-    if args.overwrite or is_extension(target):
+    if settings.overwrite or is_extension(target):
         return []
     # Code has names of its own kind: what would be written over is somebody's too.
     replaced = {
@@ -95,23 +94,23 @@ def _check_directories(args: argparse.Namespace) -> list[str]:
     return []
 
 
-def extend(args: argparse.Namespace) -> tuple[VocabularyExtension, dict[str, bytes]]:
+def extend(settings: TokenizerSettings) -> tuple[VocabularyExtension, dict[str, bytes]]:
     """Reads the source and the pieces; returns the extension and its vocabulary files (name -> content)."""
     from colossal_llama.tokenizer.pieces_file import read_pieces
     from colossal_llama.tokenizer.source import open_source
 
-    source = open_source(args.source_tokenizer_dir, "--source_tokenizer_dir")
-    extension = source.extend(read_pieces(args.expand_tokens_file, source.rules), args.unreachable)
+    source = open_source(settings.source_tokenizer_dir, "--source_tokenizer_dir")
+    extension = source.extend(read_pieces(settings.expand_tokens_file, source.rules), settings.unreachable)
     if not extension.added:
         raise UserError(
-            f"{args.expand_tokens_file}: nothing to add: {len(extension.present):,} pieces are in the source "
-            f"already, {len(extension.dropped):,} can never be produced"
+            f"{settings.expand_tokens_file}: nothing to add: {len(extension.present):,} pieces are in the "
+            f"source already, {len(extension.dropped):,} can never be produced"
         )
     return extension, source.vocabulary_files(extension)
 
 
 def write_tokenizer(
-    args: argparse.Namespace, extension: VocabularyExtension, vocabulary_files: dict[str, bytes]
+    settings: TokenizerSettings, extension: VocabularyExtension, vocabulary_files: dict[str, bytes]
 ) -> Agreement | None:
     """Writes report, settings (the source's, byte for byte) and vocabulary files, in this order.
 
@@ -122,10 +121,10 @@ def write_tokenizer(
 
     from colossal_llama.tokenizer.output_directory import place_files
 
-    source, target = args.source_tokenizer_dir, args.target_tokenizer_dir
+    source, target = settings.source_tokenizer_dir, settings.target_tokenizer_dir
     contents = {name: (source / name).read_bytes() for name in settings_of(source)}
     contents |= vocabulary_files
-    report = extension.report(args.unreachable)
+    report = extension.report(settings.unreachable)
     agreement = None
     if extension.kind == "sentencepiece":
         agreement = compare_with_source(source, contents, extension.added)
@@ -140,7 +139,7 @@ def compare_with_source(source: Path, contents: Mapping[str, bytes], pieces: lis
     """On which probe texts slow and fast form disagree; None where they can't be loaded."""
     from colossal_llama.tokenizer.agreement import compare_forms
     from colossal_llama.tokenizer.output_directory import place_files
-    from colossal_llama.utils.quiet import quieten_libraries
+    from colossal_llama.upstream.quiet import quieten_libraries
 
     quieten_libraries()
     try:
@@ -149,16 +148,15 @@ def compare_with_source(source: Path, contents: Mapping[str, bytes], pieces: lis
             place_files(target, contents, owned=[])
             return compare_forms(source, target, pieces)
     except Exception as error:  # of tokenizers and sentencepiece too, which have classes of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warn(
             f"slow and fast form are not compared: transformers can't load {source} or its extension "
-            f"({reason})"
+            f"({first_line(error)})"
         )
         return None
 
 
 def summarise(
-    args: argparse.Namespace, extension: VocabularyExtension, agreement: Agreement | None = None
+    settings: TokenizerSettings, extension: VocabularyExtension, agreement: Agreement | None = None
 ) -> None:
     for note in extension.notes:
         log(f"note: {note}")
@@ -174,7 +172,7 @@ def summarise(
         )
     rows = [(name.replace("_", " "), count) for name, count in extension.counts().items()]
     log(format_table(["vocabulary", "count"], rows))
-    report = args.target_tokenizer_dir / REPORT_FILE
+    report = settings.target_tokenizer_dir / REPORT_FILE
     if extension.unreachable:
         share = len(extension.unreachable) / len(extension.added)
         warn(
@@ -183,14 +181,14 @@ def summarise(
             "--unreachable add makes them reachable, drop leaves them out"
         )
     log(f"Report: {report}")
-    log(f"Tokenizer: {args.target_tokenizer_dir}")
+    log(f"Tokenizer: {settings.target_tokenizer_dir}")
 
 
 def main() -> None:
-    args = build_parser().parse_args()
-    extension, vocabulary_files = extend(args)
-    agreement = write_tokenizer(args, extension, vocabulary_files)
-    summarise(args, extension, agreement)
+    settings = parse_settings(build_parser(), TokenizerSettings)
+    extension, vocabulary_files = extend(settings)
+    agreement = write_tokenizer(settings, extension, vocabulary_files)
+    summarise(settings, extension, agreement)
 
 
 if __name__ == "__main__":

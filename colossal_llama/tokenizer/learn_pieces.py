@@ -6,25 +6,25 @@ kept, and only pieces that the extended tokenizer really produces.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colossal_llama.tokenizer.output_directory import objection_to_output
 from colossal_llama.utils.arguments import (
     ArgumentParser,
-    add_seed,
     directory_list,
     existing_directory,
     number,
     positive_int,
+    seed_number,
 )
 from colossal_llama.utils.console import format_table, log, progress_bar, warn
 from colossal_llama.utils.errors import UserError, run_command
-from colossal_llama.utils.files import objection_to_replacing
+from colossal_llama.utils.output_checks import why_not_output_file
+from colossal_llama.utils.settings import add_settings, flag, parse_settings
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -43,63 +43,57 @@ CHARACTER_FILTERS = {
 MAX_STRETCH_CHARACTERS = 1000
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="learn_pieces.py", description=__doc__)
-    parser.add_argument(
-        "--data_input_dirs",
+@dataclass(frozen=True)
+class LearningSettings:
+    """The corpus and the tokenizer that pieces are learned for, and which pieces are wanted."""
+
+    data_input_dirs: list[Path] = flag(
+        None,
+        "comma list of directories with JSONL pre-training records or conversations",
         type=directory_list,
         required=True,
-        help="comma list of directories with JSONL pre-training records or conversations",
     )
-    parser.add_argument(
-        "--source_tokenizer_dir",
+    source_tokenizer_dir: Path = flag(
+        None,
+        "tokenizer that is to be extended: what it has already is not learned again",
         type=existing_directory,
         required=True,
-        help="tokenizer that is to be extended: what it has already is not learned again",
     )
-    parser.add_argument(
-        "--output_file",
+    output_file: Path = flag(
+        None,
+        'JSONL file to write, one {"piece": "..."} per line; replaces no other kind of file',
         type=Path,
         required=True,
-        help='JSONL file to write, {"piece": "..."} a line; replaces no other kind of file',
     )
-    parser.add_argument("--num_tokens", type=positive_int, required=True, help="new pieces to learn")
-    parser.add_argument(
-        "--character_filter",
+    num_tokens: int = flag(None, "new pieces to learn", type=positive_int, required=True)
+    character_filter: str = flag(
+        "cjk",
+        "characters that pieces are made of: Chinese, Japanese and Korean ones (cjk), Chinese alone (han), "
+        "or all",
         choices=tuple(CHARACTER_FILTERS),
-        default="cjk",
-        help="characters that pieces are made of: Chinese, Japanese and Korean ones (cjk), Chinese alone "
-        "(han), or all",
     )
-    parser.add_argument(
-        "--max_piece_length", type=number(int, 1, 64), default=8, help="longest piece, in characters"
+    max_piece_length: int = flag(8, "longest piece, in characters", type=number(int, 1, 64))
+    min_frequency: int = flag(
+        2, "pieces that occur less often than this in the corpus are not learned", type=positive_int
     )
-    parser.add_argument(
-        "--min_frequency",
+    max_stretches: int = flag(
+        5_000_000,
+        "stretches of text to learn from at most, a random sample of the corpus (memory: about 1 KB each)",
         type=positive_int,
-        default=2,
-        help="pieces that occur less often than this in the corpus are not learned",
     )
-    parser.add_argument(
-        "--max_stretches",
-        type=positive_int,
-        default=5_000_000,
-        help="stretches of text to learn from at most, a random sample of the corpus (memory: about 1 KB "
-        "each)",
-    )
-    add_seed(parser)
-    parser.add_check(_check_output)
+    seed: int = flag(42, "seed of every random choice", type=seed_number)
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="learn_pieces.py", description=__doc__)
+    add_settings(parser, LearningSettings, check=_check_output)
     return parser
 
 
-def _check_output(args: argparse.Namespace) -> list[str]:
+def _check_output(settings: LearningSettings) -> list[str]:
     # Before hours of training, not after.
-    objection = objection_to_output(args.output_file.parent)
-    if objection is None and args.output_file.is_dir():
-        objection = "is a directory"
-    if objection is None:
-        objection = objection_to_replacing(args.output_file, lambda line: list(line) == ["piece"])
-    return [f"--output_file {args.output_file}: {objection}"] if objection else []
+    reason = why_not_output_file(settings.output_file, lambda line: list(line) == ["piece"])
+    return [f"--output_file {settings.output_file}: {reason}"] if reason else []
 
 
 def read_stretches(texts: Iterable[str], character_filter: str) -> Iterator[str]:
@@ -192,7 +186,7 @@ def rank_candidates(
 
     rules = source.rules
     spelled = {piece: rules.spell(piece) for piece, count in uses.items() if count >= min_frequency}
-    spelled = {piece: text for piece, text in spelled.items() if rules.objection(text) is None}
+    spelled = {piece: text for piece, text in spelled.items() if rules.why_not_a_piece(text) is None}
     single = [text for text in spelled.values() if len(text) == 1]
     tokens = single if source.files.is_sentencepiece else [byte_token(text) for text in single]
     saved = {
@@ -238,31 +232,33 @@ def choose_reachable(
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    settings = parse_settings(build_parser(), LearningSettings)
 
     from colossal_llama.tokenizer.corpus_texts import read_samples
     from colossal_llama.tokenizer.source import open_source
     from colossal_llama.utils.files import write_text_atomically
 
-    source = open_source(args.source_tokenizer_dir, "--source_tokenizer_dir")
-    texts = progress_bar(read_samples(args.data_input_dirs), unit=" records", desc="reading")
-    stretches = sample(read_stretches(texts, args.character_filter), args.max_stretches, args.seed)
+    source = open_source(settings.source_tokenizer_dir, "--source_tokenizer_dir")
+    texts = progress_bar(read_samples(settings.data_input_dirs), unit=" records", desc="reading")
+    stretches = sample(
+        read_stretches(texts, settings.character_filter), settings.max_stretches, settings.seed
+    )
     if not stretches:
         raise UserError(
-            f"--character_filter {args.character_filter}: no such characters in "
-            f"{', '.join(map(str, args.data_input_dirs))}; choose another filter or corpus"
+            f"--character_filter {settings.character_filter}: no such characters in "
+            f"{', '.join(map(str, settings.data_input_dirs))}; choose another filter or corpus"
         )
-    trained = train_candidates(stretches, args.num_tokens, args.max_piece_length)
+    trained = train_candidates(stretches, settings.num_tokens, settings.max_piece_length)
     uses = count_uses(trained, stretches)
-    candidates = rank_candidates(uses, trained, source, args.min_frequency)
-    pieces, num_rejected = choose_reachable(candidates, source, args.num_tokens)
+    candidates = rank_candidates(uses, trained, source, settings.min_frequency)
+    pieces, num_rejected = choose_reachable(candidates, source, settings.num_tokens)
     if not pieces:
         raise UserError(
-            f"{', '.join(map(str, args.data_input_dirs))}: nothing to learn: the source has every piece that "
-            f"occurs {args.min_frequency} times or more; use a larger corpus"
+            f"{', '.join(map(str, settings.data_input_dirs))}: nothing to learn: the source has every "
+            f"piece that occurs {settings.min_frequency} times or more; use a larger corpus"
         )
     lines = (json.dumps({"piece": piece}, ensure_ascii=False) for piece in pieces)
-    write_text_atomically(args.output_file, "\n".join(lines) + "\n")
+    write_text_atomically(settings.output_file, "\n".join(lines) + "\n")
 
     num_characters = sum(len(piece) == 1 for piece in pieces)
     rows = [
@@ -274,12 +270,12 @@ def main() -> None:
         ("of these single characters", num_characters),
     ]
     log(format_table(["pieces", "count"], rows))
-    if len(pieces) < args.num_tokens:
+    if len(pieces) < settings.num_tokens:
         warn(
-            f"--num_tokens {args.num_tokens}: only {len(pieces):,} pieces could be learned; a larger corpus "
-            f"or a lower --min_frequency ({args.min_frequency}) gives more"
+            f"--num_tokens {settings.num_tokens}: only {len(pieces):,} pieces could be learned; a larger "
+            f"corpus or a lower --min_frequency ({settings.min_frequency}) gives more"
         )
-    log(f"Pieces: {args.output_file}")
+    log(f"Pieces: {settings.output_file}")
 
 
 if __name__ == "__main__":

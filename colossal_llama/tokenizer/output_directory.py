@@ -7,26 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from colossal_llama.utils.files import naming, remove_name, sync_directory
-
-
-def objection_to_output(directory: Path) -> str | None:
-    """Why no file can be put into `directory`, which need not exist yet; None when one can."""
-    try:
-        wanted = existing = directory.resolve()  # a link to what is not there yet: that is what will be made
-    except (OSError, RuntimeError):
-        return "is a link that leads back to itself"
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        return "is not a directory" if existing == wanted else f"{existing} is not a directory"
-    try:
-        str(wanted).encode("utf-8")
-    except UnicodeEncodeError:
-        return "its path is not UTF-8 text, which the libraries need; choose another name"
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return f"{existing} can't be written to"
-    return None
+from colossal_llama.utils.files import remove_name, sync_directory, with_filename_in_errors
 
 
 def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[str]) -> None:
@@ -50,7 +31,7 @@ def place_files(directory: Path, contents: Mapping[str, bytes], owned: Sequence[
     try:
         for name, content in contents.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            with naming(directory / name), open(aside / name, "wb") as file:
+            with with_filename_in_errors(directory / name), open(aside / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

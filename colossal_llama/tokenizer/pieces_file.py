@@ -1,4 +1,4 @@
-"""Reads the JSONL file of new pieces, `{"piece": "人工智能"}` a line; reports every line that is none."""
+"""Reads the JSONL file of new pieces, one `{"piece": "人工智能"}` per line; reports every other line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.messages import cap_problems
 
 SPACE_SYMBOL = "▁"  # how sentencepiece writes a space inside a piece
-MAX_LISTED_PROBLEMS = 20
 
 
 @dataclass
@@ -51,7 +51,7 @@ class PieceRules:
         """The piece as the tokenizer writes it."""
         return piece.replace(SPACE_SYMBOL, " ").replace(" ", self._space)
 
-    def objection(self, piece: str) -> str | None:
+    def why_not_a_piece(self, piece: str) -> str | None:
         """Why this string, as `spell` returns it, can't be a piece; None when it can."""
         if not piece:
             return "empty piece"
@@ -86,7 +86,7 @@ def read_pieces(path: Path, rules: PieceRules) -> ListedPieces:
             continue
         text, reason = _parse_line(raw)
         piece = rules.spell(text)
-        reason = reason or rules.objection(piece)
+        reason = reason or rules.why_not_a_piece(piece)
         if reason is not None:
             problems.append(f"{path}:{number}: {reason}")
             continue
@@ -102,14 +102,6 @@ def read_pieces(path: Path, rules: PieceRules) -> ListedPieces:
             f'--expand_tokens_file {path}: no pieces in it; each line holds {{"piece": "人工智能"}}'
         )
     return listed
-
-
-def cap_problems(problems: list[str], what: str) -> list[str]:
-    """The first 20 of `problems`, and how many more there are."""
-    if len(problems) <= MAX_LISTED_PROBLEMS:
-        return problems
-    rest = len(problems) - MAX_LISTED_PROBLEMS
-    return [*problems[:MAX_LISTED_PROBLEMS], f"… and {rest:,} more {what}"]
 
 
 def _parse_line(raw: bytes) -> tuple[str, str | None]:

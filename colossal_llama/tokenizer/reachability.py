@@ -138,8 +138,8 @@ def _join_until_reachable(
         lowest = next_score(lowest)
         scores[joined] = lowest
         intermediates.append(joined)
-        # Everything above the new piece has been joined already, so each stuck piece goes on from where it
-        # is.
+        # Everything above the new piece has been joined already, so each stuck piece continues from where
+        # it is.
         for piece in sorted(users[joined]):
             unregister(piece)
             parts = last_parts(stuck[piece], scores)

@@ -426,7 +426,7 @@ def _prefix_steps(prepend_scheme: str) -> dict[str, Any]:
 
 def _added_token_entries(source: SentencePieceSource) -> list[dict[str, Any]]:
     ids = source.files.added_tokens(source.vocabulary)
-    # transformers' slow tokenizer knows these without being told.
+    # transformers' slow tokenizer adds these by itself.
     for name, default in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
         token = source.files.special_token(name, default)
         if token in source.vocabulary:

@@ -12,7 +12,13 @@ from typing import Any
 
 from colossal_llama.utils.console import warn
 from colossal_llama.utils.errors import UserError
-from colossal_llama.utils.files import json_type, naming, read_json, read_json_object, remove_name
+from colossal_llama.utils.files import (
+    json_type,
+    read_json,
+    read_json_object,
+    remove_name,
+    with_filename_in_errors,
+)
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
@@ -34,7 +40,7 @@ TEMPLATES_DIRECTORY = "additional_chat_templates"
 VOCABULARY_FILES = ("vocab.json", "merges.txt", SENTENCEPIECE_FILE, FAST_FILE)
 PREFIX_SETTING = "add_prefix_space"
 
-# transformers gives ids to special tokens that have none in this order (SpecialTokensMixin).
+# transformers assigns ids to special tokens that have none in this order (SpecialTokensMixin).
 _SPECIAL_TOKEN_NAMES = (
     "bos_token",
     "eos_token",
@@ -256,7 +262,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in {*stale, *contents}:
         remove_name(target, name)
     for name, content in contents.items():
-        with naming(target / name):
+        with with_filename_in_errors(target / name):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(content)
 
@@ -288,7 +294,7 @@ def _open(directory: Path) -> TokenizerFiles:
 
 
 def check_settings(directory: str | Path) -> None:
-    """What every program asks before transformers loads a tokenizer.
+    """The checks that every program makes before transformers loads a tokenizer.
 
     Warns of a setting on which slow and fast tokenizer disagree (see `has_harmful_null_prefix`). Does nothing
     where `directory` is none, but the name of something on the hub for instance.
@@ -352,7 +358,7 @@ def _read_settings(directory: Path) -> tuple[dict[str, dict[str, Any]], list[str
                 f"{path}: begins with a byte order mark, which tokenizer libraries do not take; save it as "
                 "UTF-8 without one"
             )
-        elif name != FAST_FILE:  # large, and the library that reads it says what is wrong
+        elif name != FAST_FILE:  # large, and the library that reads it reports what is wrong
             try:
                 value = read_json(path)
             except UserError as error:

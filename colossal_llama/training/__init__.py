@@ -1,7 +1,6 @@
 """Training: from prepared bins and a model directory to checkpoints."""
 
-import os
+from colossal_llama.upstream.compile_workers import start_no_compile_workers
 
-# Loading a model reaches torch's compiler, which starts a pool of processes that nothing here uses.
-# The setting is read when torch is imported, so it has to stand before that.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Before any module here imports torch.
+start_no_compile_workers()

@@ -1,4 +1,4 @@
-"""Where a run stands: everything of the loop that a resumed run has to know."""
+"""Where a run is: everything of the loop that a resumed run has to know."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ def number(
 
 positive_int = number(int, minimum=1)
 non_negative_int = number(int, minimum=0)
+seed_number = number(int, 0, 2**31 - 1)
 
 
 def existing_directory(text: str) -> Path:
@@ -97,9 +98,9 @@ def directory_list(text: str) -> list[Path]:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that reports every bad argument together and exits with code 2.
 
-    argparse stops at the first value that does not convert. Here converters and choices record their
-    complaint and let the parse go on; `parse_args` prints all of them, with missing and unknown flags, on
-    rank 0 alone.
+    argparse stops at the first value that does not convert. Here converters and choices record what is
+    wrong and parsing continues; `parse_args` prints all of it, with missing and unknown flags, on rank 0
+    only.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -226,15 +227,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def add_seed(parser: ArgumentParser, group: Any = None) -> None:
-    (group or parser).add_argument(
-        "--seed", type=number(int, 0, 2**31 - 1), default=42, help="seed of every random choice"
-    )
-
-
-def add_max_length(parser: ArgumentParser, group: Any = None) -> None:
-    (group or parser).add_argument(
-        "--max_length", type=number(int, 2, MAX_ROW_TOKENS), default=4096, help="longest row, in tokens"
-    )
+    (group or parser).add_argument("--seed", type=seed_number, default=42, help="seed of every random choice")
 
 
 def add_trust_remote_code(parser: ArgumentParser, group: Any = None) -> None:

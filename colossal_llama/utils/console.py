@@ -32,7 +32,7 @@ def warn(message: str) -> None:
 
 
 def _write_line(line: str, stream: TextIO) -> None:
-    """Where the reader is gone (`head`, say), what follows goes nowhere: no reason to end the work."""
+    """Once the reader has closed the pipe (`head`, for example), output is discarded; the work continues."""
     try:
         if "tqdm" in sys.modules:
             from tqdm import tqdm
@@ -61,7 +61,7 @@ def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm | Pla
 
 
 class PlainProgress:
-    """Progress for logs: `train: 120/400 steps (30 %), 2.0 steps/s, 2:20 left, loss=5.1`, a line at a time.
+    """Progress for logs: `train: 120/400 steps (30 %), 2.0 steps/s, 2:20 left, loss=5.1`, one line at a time.
 
     Work that is done before the first line is due leaves none.
     """

@@ -32,12 +32,12 @@ _ENVIRONMENT_ERRNOS = {
 
 
 class UserError(Exception):
-    """Something that the user can mend: each problem names file and line, or flag, the value, and the remedy.
+    """Something that the user can fix: each problem names file and line, or flag, the value, and the remedy.
 
     Args:
-        problems: one message or several; all of them are printed, a line each.
+        problems: one message or several; all of them are printed, one per line.
         this_rank_only: the problem exists on this process alone, so it prints even when it is not rank 0.
-        exit_code: of the process; 1 for what is nobody's mistake, such as a loss that is not finite.
+        exit_code: of the process; 1 for what is no mistake of the user, such as a loss that is not finite.
     """
 
     def __init__(

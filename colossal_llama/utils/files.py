@@ -10,9 +10,8 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ def aside_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def naming(path: Path | str) -> Iterator[None]:
-    """Lets an error of the block that names no file (a full disk, at any write) name this one."""
+def with_filename_in_errors(path: Path | str) -> Iterator[None]:
+    """Adds `path` to an OSError of the block that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
         if error.filename is not None:
             raise
-        if error.errno is None:  # numpy: it counts the bytes that the disk did not take, and says no more
+        if error.errno is None:  # numpy reports how many bytes were written, but no error number
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         error.filename = str(path)
         raise
@@ -58,7 +57,7 @@ def wait_for_file(path: Path, seconds: float = 60.0) -> Path:
 
 
 def replace_path(aside: Path, final: Path) -> None:
-    """Renames a file or directory to a name that may be taken; whoever was there first is removed.
+    """Renames a file or directory to a name that may be taken; what had that name is removed.
 
     Several processes may do this at the same time: the last one stays, whole.
     """
@@ -86,17 +85,17 @@ def remove_path(path: Path) -> None:
 
 
 def remove_name(directory: Path, name: str) -> None:
-    """Removes `name`, relative to `directory`, if it is there; of what lies behind a link, the link alone."""
+    """Removes `name`, relative to `directory`, if it exists; a link is removed, not what it leads to."""
     top = directory / Path(name).parts[0]
     (top if top.is_symlink() else directory / name).unlink(missing_ok=True)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Writes aside, fsyncs, renames: a reader sees the old file or the new one, never a part."""
+    """Writes to another name, syncs and renames: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(path)
     try:
-        with naming(path), open(aside, "w", encoding="utf-8") as file:
+        with with_filename_in_errors(path), open(aside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -104,25 +103,6 @@ def write_text_atomically(path: Path, text: str) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync_directory(path.parent)
-
-
-def objection_to_replacing(path: Path, is_ours: Callable[[Any], bool]) -> str | None:
-    """Why a file that is there must not be replaced; None when it may be, is empty, or is not there.
-
-    Args:
-        is_ours: says of the first JSON value in a file whether the program that is to replace it wrote it.
-    """
-    if not path.is_file():  # a device such as /dev/stdout is no file either
-        return None
-    try:
-        text = path.read_text(encoding="utf-8").lstrip()
-        if not text or is_ours(json.JSONDecoder().raw_decode(text)[0]):
-            return None
-    except OSError as error:
-        return error.strerror
-    except (ValueError, TypeError):  # no JSON, no text even; or JSON of another shape than `is_ours` expects
-        pass
-    return "is there already, and this script did not write it; choose another name, or remove it first"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -177,20 +157,6 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def why_not_writable(directory: Path) -> str | None:
-    """Why nothing can be written into `directory`, which need not exist yet; None when something can.
-
-    A file without a name is made and gone again: permissions alone do not tell of a file system that is
-    read-only, or that root may not write to either.
-    """
-    nearest = next(place for place in (directory, *directory.parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            return None
-    except OSError as error:
-        return f"{nearest}: {error.strerror}"
-
-
 def lock_holder(path: Path) -> str | None:
     """Who holds the lock of `locked_directory` on `path`; None when nobody does. Makes nothing."""
     try:
@@ -200,7 +166,7 @@ def lock_holder(path: Path) -> str | None:
             except BlockingIOError:
                 return file.read().strip() or "another process"
     except OSError:
-        pass  # no lock, or one that can't be read: who wants to write will see
+        pass  # no lock, or one that cannot be read: an attempt to write will tell
     return None
 
 

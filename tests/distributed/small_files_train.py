@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
-from colossal_llama.training import modeling_files
+from colossal_llama.training.checkpoint import modeling_files
 from colossal_llama.utils.errors import run_command
 
 modeling_files.MIN_FILE_BYTES = 30_000

@@ -110,18 +110,7 @@ def test_lora_starts_from_the_same_adapters_on_every_rank(tmp_path, training_inp
 
 def test_tied_embeddings_train_the_same_in_every_layout(tmp_path, training_inputs):
     """LLaMA-3.2 shares input and output embeddings; under pipelines they live on two stages."""
-    import shutil
-
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tied = tmp_path / "tied"
-    shutil.copytree(training_inputs.model, tied)
-    (tied / "model.safetensors").unlink()
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(training_inputs.model, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(tied)
-    flags = training_inputs.flags()
-    flags[1] = str(tied)
+    flags = training_inputs.with_tied_model(tmp_path / "tied").flags()
     flags += ["--eval_dataset", training_inputs.data / "part-00002", "--eval_interval", 1]
     plain = train(tmp_path / "ddp", 1, *flags, *SHORT, *DDP)
     assert plain.returncode == 0, plain.output[-3000:]

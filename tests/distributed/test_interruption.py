@@ -119,7 +119,7 @@ def test_stopped_while_saving_both_checkpoints_are_complete(tmp_path, training_i
 def signalled_process(same_request_seconds: float, first: int = signal.SIGINT) -> subprocess.Popen:
     """Prints `ready`, and `asked` after a signal; then it saves for two seconds and prints `saved`."""
     code = (
-        "import time; from colossal_llama.training import interruption;"
+        "import time; from colossal_llama.training.resilience import interruption;"
         f"interruption.SAME_REQUEST_SECONDS = {same_request_seconds};"
         "stop = interruption.StopRequest(); stop.install(); print('ready', flush=True);"
         "[time.sleep(0.01) for _ in iter(lambda: stop.requested, True)]; print('asked', flush=True);"
@@ -151,7 +151,7 @@ def test_a_signal_that_the_launcher_passes_on_is_the_same_request(number):
 
 def test_a_closed_terminal_is_ignored_under_nohup():
     code = (
-        "import signal; from colossal_llama.training.interruption import StopRequest;"
+        "import signal; from colossal_llama.training.resilience.interruption import StopRequest;"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN); stop = StopRequest(); stop.install();"
         "signal.raise_signal(signal.SIGHUP); print(stop.requested)"
     )

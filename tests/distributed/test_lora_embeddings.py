@@ -22,17 +22,13 @@ EMBEDDINGS = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm
 
 def extended_inputs(training_inputs: TrainingInputs, directory: Path, tied: bool) -> TrainingInputs:
     """The inputs with a model that looks extended, and has one embedding matrix or two."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     model = directory / "base"
-    shutil.copytree(training_inputs.model, model)
-    (model / "vocabulary_extension.json").write_text("{}")
     if tied:
-        (model / "model.safetensors").unlink()
-        torch.manual_seed(0)
-        config = LlamaConfig.from_pretrained(training_inputs.model, tie_word_embeddings=True)
-        LlamaForCausalLM(config).save_pretrained(model)
-    return TrainingInputs(model, training_inputs.data)
+        inputs = training_inputs.with_tied_model(model)
+    else:
+        inputs = TrainingInputs(Path(shutil.copytree(training_inputs.model, model)), training_inputs.data)
+    (model / "vocabulary_extension.json").write_text("{}")
+    return inputs
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -73,6 +69,7 @@ def test_peft_and_merged_model_are_what_was_trained(tied, num_processes, flags, 
     from peft import PeftModel
 
     from colossal_llama.inference.loading import load_model
+    from colossal_llama.inference.settings import ModelSettings
 
     inputs = extended_inputs(training_inputs, tmp_path, tied)
     part = inputs.data / "part-00002"
@@ -124,7 +121,7 @@ def test_peft_and_merged_model_are_what_was_trained(tied, num_processes, flags, 
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     (evaluated,) = [record["eval_loss"] for record in run.metrics() if "eval_loss" in record]
     assert mean_loss(adapted, part) == pytest.approx(evaluated, rel=2e-3 if is_half else 1e-5)
-    inferred = load_model(str(checkpoint / "adapter"), None, "cpu", "fp32", trust_remote_code=False)
+    inferred = load_model(ModelSettings(str(checkpoint / "adapter"), device="cpu", dtype="fp32"))
     torch.testing.assert_close(inferred.model(ids).logits, expected.float(), rtol=tolerance, atol=tolerance)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from launch import ROOT, train
@@ -66,16 +64,8 @@ def test_a_run_wanders_over_layouts(tmp_path, training_inputs):
 @pytest.mark.parametrize("first", [["--pp", 2, "--zero_stage", 0], ["--tp", 2], ["--zero_stage", 1]])
 @pytest.mark.parametrize("second", ["zero2", "zero2_cpu", "3d pp", "ddp"])
 def test_tied_embeddings_wander_too(first, second, tmp_path, training_inputs):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tied = tmp_path / "tied"
-    shutil.copytree(training_inputs.model, tied)
-    (tied / "model.safetensors").unlink()
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(training_inputs.model, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(tied)
-    flags = [*few_rows(training_inputs), *COMMON, *FP32, "--num_epochs", 2]
-    flags[1] = str(tied)
+    tied = training_inputs.with_tied_model(tmp_path / "tied")
+    flags = [*few_rows(tied), *COMMON, *FP32, "--num_epochs", 2]
     whole = train(tmp_path / "whole", 1, *flags, "--plugin", "ddp", *rows(8, 3), "--max_steps", STEPS)
     assert whole.returncode == 0, whole.output[-3000:]
     dp = 2 if "--zero_stage" in first and "--pp" not in first else 1

@@ -81,7 +81,7 @@ def test_what_can_not_be_saved_is_refused_before_the_first_step(tmp_path, traini
     assert 'train.py", line' not in output, "no traceback of ours"
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora_rank", 2]])
+@pytest.mark.parametrize("lora", [[], ["--lora_rank", 2, "--lora_embeddings", "freeze"]])
 def test_a_tokenizer_is_saved_byte_for_byte(tmp_path, training_inputs, lora):
     from transformers import AutoTokenizer
 

@@ -20,7 +20,7 @@ def test_bf16_on_cuda_stays_close_to_the_plain_loop(tmp_path, training_inputs, r
 
 
 def test_ligers_kernel_gives_the_loss_of_torch():
-    from colossal_llama.training import loss
+    from colossal_llama.training.llama import loss
 
     assert loss.liger_kernel() is not None
     torch.manual_seed(0)

@@ -8,18 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-SCRIPTS = [
-    "colossal_llama/tokenizer/learn_pieces.py",
-    "colossal_llama/tokenizer/init_tokenizer.py",
-    "colossal_llama/tokenizer/compare_tokenizers.py",
-    "colossal_llama/model/init_model.py",
-    "prepare_pretrain_dataset.py",
-    "prepare_sft_dataset.py",
-    "train.py",
-    "inference_example.py",
-    "examples/make_base_model.py",
-]
+from support import SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from colossal_llama.dataset.conversation import Message, encode_chat_prompt
+from colossal_llama.conversation.colossal import ColossalTemplate
+from colossal_llama.conversation.messages import Message
 from colossal_llama.inference.streaming import StreamDecoder
 
 SCRIPT = "inference_example.py"
@@ -42,7 +43,8 @@ def greedy(directory: Path, question: str, max_new_tokens: int) -> str:
     """The answer by `transformers` alone."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
-    prompt = torch.tensor([encode_chat_prompt(tokenizer, [Message("human", question)], 2)])
+    template = ColossalTemplate.of_tokenizer(tokenizer, 2)
+    prompt = torch.tensor([template.encode_prompt([Message("human", question)])])
     ids = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -22,6 +22,7 @@ from training_inputs import prepare
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from colossal_llama.inference.loading import load_model
+from colossal_llama.inference.settings import ModelSettings
 
 TASK = ROOT / "examples" / "evaluation" / "local_multiple_choice.yaml"
 LETTERS = "ABCD"
@@ -166,7 +167,7 @@ def test_peft_loads_the_adapter(adapter: Path, checkpoint: Path) -> None:
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(checkpoint).eval()(ids).logits
         expected = adapted(ids).logits
-        merged = load_model(str(adapter), None, "cpu", "fp32", trust_remote_code=False).model(ids).logits
+        merged = load_model(ModelSettings(str(adapter), device="cpu", dtype="fp32")).model(ids).logits
     assert (expected - plain).abs().max() > 1e-3
     torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
 

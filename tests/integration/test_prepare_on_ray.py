@@ -21,9 +21,9 @@ import pytest
 from corpus import sample_texts
 from support import ROOT
 
-from colossal_llama.dataset.ray_workers import RayWorkers
+from colossal_llama.corpus.storage import stat_file
 from colossal_llama.dataset.shards import read_table
-from colossal_llama.dataset.storage import stat_file
+from colossal_llama.dataset.workers.ray_cluster import RayWorkers
 from colossal_llama.utils.errors import UserError
 
 PRETRAIN = "prepare_pretrain_dataset.py"

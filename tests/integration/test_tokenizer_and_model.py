@@ -95,17 +95,6 @@ def test_from_corpus_to_model(
     assert rates[1] < 0.8 * rates[0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_quick(run, root: Path, script: str) -> None:
-    command = [sys.executable, str(root / SCRIPTS[script]), "--help"]
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1
-
-
 def test_seed_environment_is_accepted(run, tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "pieces.jsonl").write_text('{"piece": "人工"}\n')
     flags = {"source_tokenizer_dir": tiny_model_dir, "expand_tokens_file": tmp_path / "pieces.jsonl"}

@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colossal_llama.dataset.labels import count_loss_tokens, without_first_tokens
-from colossal_llama.dataset.loader import Collator, Row
+from colossal_llama.dataset.labels import count_loss_tokens, split_signed, without_first_tokens
+from colossal_llama.training.data.collator import Collator
+from colossal_llama.training.data.rows import Row
 
 rows = st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=5)
 
@@ -36,3 +37,10 @@ def test_labels_stay_as_they_are() -> None:
     lengths = np.array([1, 0, 3])
     assert without_first_tokens(labels, lengths).tolist() == [-100, -100, 7, 8]
     assert labels.tolist() == [5, 6, 7, 8]
+
+
+def test_split_signed() -> None:
+    input_ids, labels = split_signed(np.array([~1, ~0, 0, 7], dtype=np.int32))
+    assert input_ids.tolist() == [1, 0, 0, 7]
+    assert labels.tolist() == [-100, -100, 0, 7]
+    assert input_ids.dtype == labels.dtype == np.int32

@@ -24,18 +24,32 @@ from hypothesis import strategies as st
 from support import ROOT
 from transformers import AutoTokenizer
 
-from colossal_llama.dataset import bins, jsonl, preparation, shards
+from colossal_llama.corpus import jsonl
+from colossal_llama.corpus.storage import stat_file
+from colossal_llama.dataset import bin_stage, bins, encode_stage, shards
 from colossal_llama.dataset.bins import deal_documents
-from colossal_llama.dataset.conversation import find_special_tokens
-from colossal_llama.dataset.loader import Collator, PreparedDataset, find_part_directories
-from colossal_llama.dataset.preparation import Settings, prepare
-from colossal_llama.dataset.storage import stat_file
-from colossal_llama.dataset.tokenization import EncoderSpec
+from colossal_llama.dataset.output import OutputPaths
+from colossal_llama.dataset.preparation import prepare
+from colossal_llama.dataset.settings import (
+    PathSettings,
+    PreparationSettings,
+    PretrainSettings,
+    RecordSettings,
+    RowSettings,
+    SftSettings,
+    WorkerSettings,
+)
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
+from colossal_llama.training.data.collator import Collator
+from colossal_llama.training.data.prepared_rows import PreparedDataset, find_part_directories
 from colossal_llama.utils.errors import UserError
 
 Prepare = Callable[..., dict[str, Any]]
 MAX_LENGTH = 256
+
+
+class OneToARow(PretrainSettings):
+    splice = False
 
 
 def make_records(count: int, seed: int) -> list[dict[str, str]]:
@@ -76,27 +90,21 @@ def run(tmp_path: Path, llama2_tokenizer_dir: Path) -> Prepare:
     def run(
         inputs: list[Path],
         output: str = "out",
-        kind: str = "pretrain",
-        truncate: bool = False,
-        facts: dict[str, Any] | None = None,
+        records: RecordSettings | None = None,
+        num_workers: int = 1,
         **changes: Any,
     ) -> dict[str, Any]:
-        directory = tmp_path / output
-        settings = Settings(
-            inputs, llama2_tokenizer_dir, directory, directory / "arrow", MAX_LENGTH, 4, 42, True
+        paths = PathSettings(inputs, tokenizer_dir=llama2_tokenizer_dir, data_output_dirs=tmp_path / output)
+        rows = RowSettings(max_length=MAX_LENGTH, num_spliced_dataset_bins=4)
+        of_paths = {name: changes.pop(name) for name in list(changes) if hasattr(paths, name)}
+        settings = PreparationSettings(
+            records or PretrainSettings(),
+            dataclasses.replace(paths, **of_paths),
+            dataclasses.replace(rows, **changes),
+            WorkerSettings(num_workers),
         )
-        settings = dataclasses.replace(settings, **changes)
-
-        def make_spec(tokenizer: Any) -> EncoderSpec:
-            end_id = (
-                tokenizer.eos_token_id
-                if kind == "pretrain"
-                else find_special_tokens(tokenizer, 2).end_of_turn_id
-            )
-            return EncoderSpec(kind, tokenizer.bos_token_id, end_id, settings.max_length, truncate)
-
-        prepare(settings, make_spec, {"kind": kind, **(facts or {})})
-        return json.loads(settings.stats_path.read_text())
+        prepare(settings)
+        return json.loads(OutputPaths.of_settings(settings.paths).stats_path.read_text())
 
     return run
 
@@ -152,7 +160,7 @@ def test_the_accounts_balance(corpus: list[Path], run: Prepare, tmp_path: Path) 
     write_records(corpus[0] / "odd.jsonl", [{"source": s, "target": "", "category": "a"} for s in ("", "x")])
     with open(corpus[0] / "odd.jsonl", "ab") as file:
         file.write(b"\n  \r\nnot json\n[]\n{}\n")
-    stats = run(corpus, skip_bad_records=True)
+    stats = run(corpus, on_bad_record="skip")
     assert stats["records"]["read"] == 475
     assert stats["records"]["kept"] == 470
     assert stats["records"]["dropped"] == {
@@ -190,7 +198,7 @@ def test_no_row_is_without_loss(run: Prepare, tmp_path: Path, llama2_tokenizer_d
     text = sample_texts(1, seed=3)[0]
     num_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 2
     write_records(tmp_path / "in" / "x.jsonl", [{"source": "", "target": text, "category": "c"}] * 4)
-    stats = run([tmp_path / "in"], max_length=num_tokens - 1, splice=False)
+    stats = run([tmp_path / "in"], records=OneToARow(), max_length=num_tokens - 1)
     rows = [row for part in read_rows(tmp_path / "out" / "arrow") for row in part]
     assert sorted(len(row["labels"]) for row in rows) == [2] * 4 + [num_tokens - 2] * 4
     assert stats["rows"]["labels"] == 4 * (num_tokens - 2)  # neither BOS nor a chunk's first token
@@ -205,7 +213,7 @@ def test_jsonl_equals_arrow_and_the_layout_is_as_documented(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bins, "BATCH_ROWS", 5)  # several record batches
-    run(corpus, num_bins=2)
+    run(corpus, num_spliced_dataset_bins=2)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} >= {"arrow", "cache", "jsonl", "stats.json", "stats.png"}
     assert sorted(path.name for path in (out / "jsonl").iterdir()) == ["part-00000.jsonl", "part-00001.jsonl"]
@@ -249,7 +257,7 @@ def test_dealing_is_even_in_every_stratum(strata: list[int], num_bins: int, seed
 def test_exactly_as_many_bins_as_asked(
     corpus: list[Path], run: Prepare, tmp_path: Path, num_bins: int
 ) -> None:
-    stats = run(corpus, num_bins=num_bins)
+    stats = run(corpus, num_spliced_dataset_bins=num_bins)
     parts = read_rows(tmp_path / "out" / "arrow") if num_bins < 101 else []
     assert sorted(p.name for p in (tmp_path / "out" / "arrow").glob("part-*")) == [
         f"part-{index:05d}" for index in range(num_bins)
@@ -261,7 +269,7 @@ def test_exactly_as_many_bins_as_asked(
 
 def test_more_bins_than_documents(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"only 470 documents; ask for at most 470 bins"):
-        run(corpus, num_bins=471)
+        run(corpus, num_spliced_dataset_bins=471)
     assert not list((tmp_path / "out").glob("*/part-*"))
 
 
@@ -314,7 +322,7 @@ def test_after_a_bad_record_the_rest_is_only_read(
         tasks.append(task)
         return shards.encode_shard(task)
 
-    monkeypatch.setattr(preparation, "encode_shard", encode_and_remember)
+    monkeypatch.setattr(encode_stage, "encode_shard", encode_and_remember)
     path = corpus[0] / "one.jsonl"
     path.write_bytes(path.read_bytes() + b"[]\n" * 20_000)
     with pytest.raises(UserError, match="20,000 bad records"):
@@ -322,7 +330,7 @@ def test_after_a_bad_record_the_rest_is_only_read(
     first_checked = [task.check_only for task in tasks].index(True)
     assert all(task.check_only for task in tasks[first_checked:])
     assert len(list((tmp_path / "out" / "cache" / "shards").glob("*.npz"))) == first_checked
-    assert run(corpus, skip_bad_records=True)["records"]["dropped"] == {"not a JSON object": 20_000}
+    assert run(corpus, on_bad_record="skip")["records"]["dropped"] == {"not a JSON object": 20_000}
 
 
 def test_a_long_list_of_bad_records_is_cut(run: Prepare, tmp_path: Path) -> None:
@@ -360,8 +368,8 @@ def test_existing_output_is_refused_and_overwritten_when_asked(
     with pytest.raises(UserError, match="--overwrite"):
         run(corpus)
     with pytest.raises(UserError, match="--overwrite"):
-        run(corpus, num_bins=3)
-    stats = run(corpus, num_bins=3, overwrite=True)
+        run(corpus, num_spliced_dataset_bins=3)
+    stats = run(corpus, num_spliced_dataset_bins=3, overwrite=True)
     assert stats["num_bins"] == 3
     assert len(list((tmp_path / "out" / "arrow").glob("part-*"))) == 3
     assert [path.read_text() for path in foreign] == ["keep me"] * 2
@@ -383,7 +391,7 @@ def test_a_run_that_died_between_bins_goes_on(
         written.append(task.index)
         return bins.write_bin(task)
 
-    monkeypatch.setattr(preparation, "write_bin", write_some)
+    monkeypatch.setattr(bin_stage, "write_bin", write_some)
     with pytest.raises(KeyboardInterrupt):
         run(corpus)
     assert not (tmp_path / "out" / "stats.json").exists()
@@ -392,7 +400,7 @@ def test_a_run_that_died_between_bins_goes_on(
             run(corpus, seed=5)
 
     encoded: list[Any] = []
-    monkeypatch.setattr(preparation, "write_bin", bins.write_bin)
+    monkeypatch.setattr(bin_stage, "write_bin", bins.write_bin)
     monkeypatch.setattr("colossal_llama.dataset.shards.load_encoder", lambda spec: encoded.append(spec))
     run(corpus)
     assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
@@ -440,8 +448,8 @@ def test_tasks_that_run_twice_at_once_and_too_late(
         assert one == other
         return one
 
-    monkeypatch.setattr(preparation, "encode_shard", encode_twice)
-    monkeypatch.setattr(preparation, "write_bin", write_twice)
+    monkeypatch.setattr(encode_stage, "encode_shard", encode_twice)
+    monkeypatch.setattr(bin_stage, "write_bin", write_twice)
     run(corpus)
     monkeypatch.undo()
     assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
@@ -487,8 +495,8 @@ def test_tasks_hold_names_and_lengths_only(
     write_records(tmp_path / "large" / "x.jsonl", make_records(3000, seed=1))
     monkeypatch.setattr(jsonl, "MIN_SHARD_BYTES", 1 << 30)
     for number, inputs in enumerate((corpus[:1], [tmp_path / "large"])):
-        monkeypatch.setattr(preparation, "encode_shard", weigh(shards.encode_shard, number))
-        monkeypatch.setattr(preparation, "write_bin", weigh(bins.write_bin, number))
+        monkeypatch.setattr(encode_stage, "encode_shard", weigh(shards.encode_shard, number))
+        monkeypatch.setattr(bin_stage, "write_bin", weigh(bins.write_bin, number))
         run(inputs, f"out{number}")
     assert max(sizes[1]) < 1.1 * max(sizes[0]) < 10_000
 
@@ -525,8 +533,8 @@ def test_conversations_are_one_to_a_row_unless_spliced(run: Prepare, tmp_path: P
         for i in range(120)
     ]
     write_records(tmp_path / "sft" / "x.jsonl", records)
-    single = run([tmp_path / "sft"], "single", kind="sft", splice=False, max_length=1024)
-    packed = run([tmp_path / "sft"], "packed", kind="sft", splice=True, max_length=1024)
+    single = run([tmp_path / "sft"], "single", SftSettings(2, splice=False), max_length=1024)
+    packed = run([tmp_path / "sft"], "packed", SftSettings(2, splice=True), max_length=1024)
     rows = [row for part in read_rows(tmp_path / "single" / "arrow") for row in part]
     assert len(rows) == single["total"]["kept"] == 120
     assert all(row["document_lengths"] == [len(row["input_ids"])] for row in rows)
@@ -544,7 +552,7 @@ def test_conversations_are_one_to_a_row_unless_spliced(run: Prepare, tmp_path: P
 def test_nothing_left_to_write(run: Prepare, tmp_path: Path) -> None:
     write_records(tmp_path / "in" / "x.jsonl", [{"source": "", "target": "", "category": "a"}])
     with pytest.raises(UserError, match="nothing is left to write"):
-        run([tmp_path / "in"], num_bins=1)
+        run([tmp_path / "in"], num_spliced_dataset_bins=1)
 
 
 def test_a_directory_without_tokenizer(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from colossal_llama.inference.loading import LoadedModel, load_model
+from colossal_llama.inference.settings import ModelSettings
 
 WEIGHT_SCALE = 5.0
 CONTEXT_LENGTH = 512
@@ -54,7 +55,7 @@ def llama_dir(
 
 @pytest.fixture(scope="session")
 def loaded(llama_dir: Path) -> LoadedModel:
-    return load_model(str(llama_dir), None, "cpu", "fp32", trust_remote_code=False)
+    return load_model(ModelSettings(str(llama_dir), device="cpu", dtype="fp32"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from colossal_llama.dataset.conversation import Message
+from colossal_llama.conversation.messages import Message
 from colossal_llama.inference.chat import Conversation, chat
 from colossal_llama.inference.generation import AnswerGenerator
 from colossal_llama.inference.loading import LoadedModel

@@ -12,10 +12,11 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM
 
-from colossal_llama.dataset.conversation import Message
-from colossal_llama.inference.generation import AnswerGenerator, Sampling
+from colossal_llama.conversation.messages import Message
+from colossal_llama.inference.generation import AnswerGenerator
 from colossal_llama.inference.loading import LoadedModel
 from colossal_llama.inference.prompt_encoding import choose_prompt_style
+from colossal_llama.inference.settings import Sampling
 from colossal_llama.inference.streaming import StreamDecoder
 from colossal_llama.utils.errors import UserError
 

@@ -1,15 +1,13 @@
-"""Command line and prompt files: mistakes are found before anything heavy is imported, all at once."""
+"""Command line: mistakes are found before anything heavy is imported, all at once."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 
-from colossal_llama.inference.arguments import build_parser, prompt_text
-from colossal_llama.inference.prompt_input import holds_jsonl, parse_prompts, read_prompts
-from colossal_llama.utils.errors import UserError
+from colossal_llama.inference.arguments import build_parser, parse_settings
+from colossal_llama.inference.settings import Sampling, prompt_text
 
 
 def problems_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -48,8 +46,20 @@ def test_the_command_of_the_readme() -> None:
         "--model_path some/model --device cuda:0 --max_new_tokens 512 --do_sample False --temperature 0.3 "
         "--top_k 50 --top_p 0.95 --input_txt"
     )
-    args = build_parser().parse_args([*text.split(), "YOUR_PROMPT_OR_QUESTION"])
-    assert (args.do_sample, args.device) == (False, "cuda:0")
+    settings = parse_settings([*text.split(), "YOUR_PROMPT_OR_QUESTION"])
+    assert (settings.answer.do_sample, settings.model.device) == (False, "cuda:0")
+    assert settings.prompts.input_txt == ["YOUR_PROMPT_OR_QUESTION"]
+
+
+def test_the_next_token_is_drawn_or_the_most_likely_one() -> None:
+    words = ["--model_path", "a/b", "--chat", "--temperature", "0.5", "--top_k", "0", "--top_p", "1"]
+    assert parse_settings(words).answer.sampling == Sampling(0.5, 0, 1.0)
+    assert parse_settings([*words, "--no-do_sample"]).answer.sampling is None
+
+
+def test_a_prompt_can_be_given_several_times() -> None:
+    words = ["--model_path", "a/b", "--input_txt", "one", "--input_txt", "two"]
+    assert parse_settings(words).prompts.input_txt == ["one", "two"]
 
 
 def test_all_problems_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -122,51 +132,3 @@ def test_clashes(capsys: pytest.CaptureFixture[str], arguments: list[str], expec
 def test_bytes_that_are_no_text() -> None:
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         prompt_text("\udce9")
-
-
-def test_prompts_of_a_text_file() -> None:
-    lines = io.BytesIO('\ufeffWhere is 长江?\r\n\n  {"prompt": 1}  \nlast'.encode())
-    assert parse_prompts("x", lines, jsonl=False) == ["Where is 长江?", '  {"prompt": 1}  ', "last"]
-
-
-def test_prompts_of_jsonl() -> None:
-    lines = io.BytesIO('{"prompt": "one\\ntwo", "id": 3}\n\n{"prompt": "长江"}\n'.encode())
-    assert parse_prompts("x", lines, jsonl=True) == ["one\ntwo", "长江"]
-
-
-def test_bad_lines_are_all_named() -> None:
-    lines = io.BytesIO(b'{"prompt": 1}\n{"prompt": "x"}\n\nnot json\n{"prompt": ""}\n{"text": "x"}\n\xff\n')
-    with pytest.raises(UserError) as error:
-        parse_prompts("p.jsonl", lines, jsonl=True)
-    starts = [problem.split(": ")[0] for problem in error.value.problems]
-    assert starts == [f"p.jsonl:{number}" for number in (1, 4, 5, 6, 7)]
-
-
-def test_many_bad_lines_are_counted() -> None:
-    with pytest.raises(UserError) as error:
-        parse_prompts("p", io.BytesIO(b"\xff\n" * 1030), jsonl=False)
-    assert error.value.problems[-1] == "p: 1,010 more lines can't be used"
-
-
-def test_no_prompt() -> None:
-    with pytest.raises(UserError, match="p: holds no prompt"):
-        parse_prompts("p", io.BytesIO(b"\n \n"), jsonl=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "declared", "expected"),
-    [
-        ("a.jsonl", "auto", True),
-        ("a.txt", "auto", False),
-        ("a.txt", "jsonl", True),
-        ("a.jsonl", "text", False),
-    ],
-)
-def test_format(tmp_path: Path, name: str, declared: str, expected: bool) -> None:
-    path = tmp_path / name
-    path.write_text('{"prompt": "x"}\n', encoding="utf-8")
-    args = build_parser().parse_args(
-        ["--model_path", "a/b", "--input_file", str(path), "--input_format", declared]
-    )
-    assert holds_jsonl(args) is expected
-    assert read_prompts(args) == (["x"] if expected else ['{"prompt": "x"}'])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from colossal_llama.inference.loading import choose_dtype, find_context_length, load_model, resolve_device
+from colossal_llama.inference.settings import ModelSettings
 from colossal_llama.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ IDS = torch.arange(3, 40)[None]
 
 
 def load(directory: Path | str, tokenizer: str | None = None, device: str = "cpu"):
-    return load_model(str(directory), tokenizer, device, "fp32", trust_remote_code=False)
+    return load_model(ModelSettings(str(directory), tokenizer, device, dtype="fp32"))
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from colossal_llama.dataset.conversation import Message
-from colossal_llama.dataset.tokenization import ConversationEncoder, EncoderSpec, split_signed
+from colossal_llama.conversation.messages import Message
+from colossal_llama.dataset.encoders.base import EncoderSpec
+from colossal_llama.dataset.encoders.conversation import ConversationEncoder
+from colossal_llama.dataset.labels import split_signed
 from colossal_llama.inference.prompt_encoding import choose_prompt_style
 from colossal_llama.utils.errors import UserError
 

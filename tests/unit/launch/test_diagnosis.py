@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from colossal_llama.launch.diagnosis import find_problems, find_warnings, format_answers
-from colossal_llama.launch.preflight import build_parser, directories_of
+from colossal_llama.launch.preflight import directories_of
+from colossal_llama.launch.settings import HostSettings
 from colossal_llama.launch.ssh_probe import Answer, Directories
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "total": 81559, "used": 4}
@@ -36,8 +37,8 @@ def answers(first: dict[str, Any] | None = None, second: dict[str, Any] | None =
     return [Answer("a", both[0]), Answer("b", {"connection": None, **both[1]})]
 
 
-def problems_of(found: list[Answer], *flags: str) -> list[str]:
-    return find_problems(found, build_parser().parse_args(list(flags)), Directories())
+def problems_of(found: list[Answer], nproc_per_node: int | None = None) -> list[str]:
+    return find_problems(found, HostSettings(nproc_per_node=nproc_per_node), Directories())
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_good_hosts_have_no_problems() -> None:
-    assert problems_of(answers(), "--nproc_per_node", "2") == []
+    assert problems_of(answers(), nproc_per_node=2) == []
     assert list(find_warnings(answers())) == []
 
 
@@ -67,9 +68,7 @@ def test_good_hosts_have_no_problems() -> None:
     ],
 )
 def test_a_problem_of_the_second_host(changes: dict, message: str) -> None:
-    (problem,) = [
-        text for text in problems_of(answers(None, changes), "--nproc_per_node", "2") if message in text
-    ]
+    (problem,) = [text for text in problems_of(answers(None, changes), nproc_per_node=2) if message in text]
     assert problem.startswith("b: ")
 
 
@@ -115,7 +114,7 @@ def test_nccls_rules_for_interfaces(setting: str, is_good: bool, monkeypatch: py
 
 def test_gpus_that_are_chosen_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    found = problems_of(answers(), "--nproc_per_node", "2")
+    found = problems_of(answers(), nproc_per_node=2)
     assert [problem.split(";")[0] for problem in found] == [
         "a: 1 GPUs for --nproc_per_node 2",
         "b: 1 GPUs for --nproc_per_node 2",

@@ -46,9 +46,11 @@ def test_empty_options_are_chosen() -> None:
 def test_options_as_they_are_written() -> None:
     words = ("--nproc_per_node", "8", "--master_port", "1234", "--hostfile", "my hosts")
     command = read(*words, "--ssh-port", "22", "train.py", "--lr", "1", "--save_dir", "a b")
-    assert command.launcher_words() == [
-        *("colossalai", "run", *words, "--ssh-port", "22", "train.py", "--lr", "1", "--save_dir", "'a b'"),
+    arguments = ("--ssh-port", "22", "train.py", "--lr", "1", "--save_dir", "'a b'")
+    assert command.launcher_words(["host-a", "host-b"]) == [
+        *("colossalai", "run", *words[:4], "--host", "host-a,host-b", *arguments),
     ]
+    assert command.launcher_words(None) == ["colossalai", "run", *words[:4], *arguments]
     assert command.preflight_words() == [
         *(*words, "--ssh_port", "22", "train.py", "--lr", "1", "--save_dir", "a b"),
     ]
@@ -57,7 +59,7 @@ def test_options_as_they_are_written() -> None:
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"))))
 def test_a_shell_reads_the_arguments_back(arguments: list[str]) -> None:
     command = LaunchCommand(1, "29500", None, None, ("train.py", *arguments))
-    words = command.launcher_words()
+    words = command.launcher_words(None)
     assert shlex.split(" ".join(words[words.index("train.py") + 1 :])) == arguments
 
 

@@ -88,11 +88,17 @@ class Launch:
         self.process: subprocess.Popen | None = None
 
     def start(
-        self, host_a: str = "train", host_b: str = "train", prefix: str = "", **variables: object
+        self,
+        host_a: str = "train",
+        host_b: str = "train",
+        prefix: str = "",
+        options: str = "",
+        **variables: object,
     ) -> None:
         script = self.directory / "train.sh"
         script.write_text(
-            f"source {ROOT}/examples/launch/launch.sh\nsupervise colossalai run --nproc_per_node '' "
+            f"source {ROOT}/examples/launch/launch.sh\n"
+            f"supervise colossalai run --nproc_per_node '' {options} "
             f'train.py --save_dir "{self.save_dir}" --host-a {host_a} --host-b {host_b}\necho not reached\n'
         )
         path = f"{self.directory}/bin:/usr/bin:/bin"
@@ -401,6 +407,16 @@ def test_scripts_of_earlier_examples(launch: Launch) -> None:
     words = read_json(launch.directory / "words.json")
     assert words[:4] == ["run", "--nproc_per_node", "3", "--master_port"]
     assert words[5:] == ["train.py", "--save_dir", "'my runs'", *["--host-a", "finish", "--host-b", "finish"]]
+
+
+def test_hosts_are_those_of_the_hostfile_that_was_read(launch: Launch) -> None:
+    """`colossalai run` would take the byte order mark for a part of the first name."""
+    (launch.directory / "hosts").write_bytes("\ufeffhost-a\r\n\nhost-b\n".encode())
+    launch.start("finish", "finish", options="--hostfile hosts")
+    assert launch.end() == 0
+    words = read_json(launch.directory / "words.json")
+    assert words[5:8] == ["--host", "host-a,host-b", "train.py"]
+    assert words[3:5] == ["--master_port", "29500"]
 
 
 def test_grace_periods() -> None:

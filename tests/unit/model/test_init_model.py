@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from colossal_llama.model import init_model
-from colossal_llama.model.embedding_extension import mean_of_all_rows, mean_rows, plan_rows
+from colossal_llama.model.embedding_extension import RowPlan, mean_of_all_rows, plan_rows
+from colossal_llama.model.initializations import INITIALIZATIONS, mean
 from colossal_llama.model.model_extension import all_finite
 from colossal_llama.tokenizer import init_tokenizer
 from colossal_llama.utils.errors import UserError
@@ -297,7 +298,8 @@ def test_a_configuration_of_transformers_5(
 ) -> None:
     """The base of the rotary embedding has another name there; the default in its place would be silent."""
     from colossal_llama.inference.loading import load_model
-    from colossal_llama.training.model import load_config
+    from colossal_llama.inference.settings import ModelSettings
+    from colossal_llama.training.llama.loading import load_config
 
     source = change_source(tiny_model_dir, tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
@@ -314,7 +316,7 @@ def test_a_configuration_of_transformers_5(
     assert written["torch_dtype"] == written["dtype"] == "bfloat16"
     for loaded in (
         load_config(str(source), False),
-        load_model(str(source), str(tokenizer), "cpu", "auto", False).model.config,
+        load_model(ModelSettings(str(source), str(tokenizer), device="cpu")).model.config,
     ):
         assert (loaded.rope_theta, loaded.rope_scaling, loaded.torch_dtype) == (5e5, scaling, torch.float32)
 
@@ -380,9 +382,8 @@ def test_damage_is_found_before_success_is_printed(
     extend_model: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from colossal_llama.model import model_extension
-
-    monkeypatch.setattr(model_extension, "mean_rows", lambda matrix, ids: mean_rows(matrix, ids) * 1.01)
+    new_rows = RowPlan.new_rows
+    monkeypatch.setattr(RowPlan, "new_rows", lambda *arguments: new_rows(*arguments) * 1.01)
     with pytest.raises(UserError, match=r"weight: rows 500 to 514 are not"):
         extend_model(tiny_model_dir, extend_tokenizer(tiny_model_dir), tmp_path / "target")
     assert not (tmp_path / "target" / "config.json").exists()
@@ -574,13 +575,33 @@ def test_means_against_float64(dtype: torch.dtype) -> None:
         torch.randint(0, 300, (int(length),), generator=generator).tolist()
         for length in torch.randint(1, 30, (500,), generator=generator)
     ]
-    means = mean_rows(matrix, lists)
+    means = mean(matrix, lists)
     assert means.dtype == torch.float32
     for row, ids in zip(means, lists, strict=True):
         torch.testing.assert_close(row.double(), matrix[ids].double().mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         mean_of_all_rows(matrix, 200, 7).double(), matrix[:200].double().mean(0), rtol=1e-6, atol=1e-7
     )
+
+
+def test_another_initialization_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets what it needs both for a whole step's rows and for the check of single ones."""
+
+    def last(matrix: torch.Tensor, subtokens: list[list[int]]) -> torch.Tensor:
+        return matrix[[ids[-1] for ids in subtokens]].to(torch.promote_types(matrix.dtype, torch.float32))
+
+    monkeypatch.setitem(INITIALIZATIONS, "last", last)
+    matrix = torch.randn(4, 8).bfloat16()
+    plan = plan_rows(
+        dict(enumerate("abcd")),
+        dict(enumerate("abcdef")),
+        4,
+        1,
+        lambda tokens: [[0, 3], [2, 2, 1]],
+        initialization="last",
+    )
+    assert torch.equal(plan.new_rows(matrix, 4, 6), matrix[[3, 1]].float())
+    assert torch.equal(plan.new_row_alone(matrix, 5), matrix[1].double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

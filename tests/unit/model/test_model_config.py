@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from colossal_llama.inference.loading import load_model
+from colossal_llama.inference.settings import ModelSettings
 from colossal_llama.model.model_config import read_model_config
-from colossal_llama.training.model import load_causal_lm, load_config, random_causal_lm
+from colossal_llama.training.llama.loading import load_causal_lm, load_config, random_causal_lm
 from colossal_llama.utils.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -25,7 +26,7 @@ BOM = b"\xef\xbb\xbf"
 READERS: dict[str, Callable[[Path], Any]] = {
     "init_model": lambda directory: read_model_config(directory, f"--source {directory}"),
     "train": lambda directory: load_config(str(directory), False),
-    "inference": lambda directory: load_model(str(directory), None, "cpu", "fp32", False),
+    "inference": lambda directory: load_model(ModelSettings(str(directory), device="cpu", dtype="fp32")),
 }
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -182,7 +183,7 @@ def test_a_byte_order_mark_is_accepted(reader: str, model: Path) -> None:
         assert loaded.model.generation_config.eos_token_id == [2, 7]
     elif reader == "train":
         assert loaded.rope_theta == 5e5
-        lm = load_causal_lm(str(model), loaded, torch.float32, "--pretrained")
+        lm = load_causal_lm(str(model), "--pretrained", loaded, torch.float32)
         assert lm.generation_config.eos_token_id == [2, 7]
     else:
         assert loaded["rope_theta"] == 5e5
@@ -243,7 +244,7 @@ def test_what_passes_builds_a_model_and_what_does_not_is_explained(
 )
 def test_every_known_scaling_is_accepted(scaling: dict, model: Path) -> None:
     change(model, rope_scaling=scaling)
-    lm = load_causal_lm(str(model), load_config(str(model), False), torch.float32, "--pretrained")
+    lm = load_causal_lm(str(model), "--pretrained", load_config(str(model), False), torch.float32)
     assert math.isfinite(float(lm(torch.arange(3, 20)[None]).logits.sum()))
 
 
@@ -257,7 +258,7 @@ def test_no_padding_token_takes_a_row_out_of_training(
     if not has_generation_file:
         (model / "generation_config.json").unlink()
     config = load_config(str(model), False)
-    lm = load_causal_lm(str(model), config, torch.float32, "--pretrained")
+    lm = load_causal_lm(str(model), "--pretrained", config, torch.float32)
     assert config.pad_token_id == lm.config.pad_token_id == pad
     assert lm.get_input_embeddings().padding_idx is None
     lm(torch.arange(500)[None]).logits.float().square().mean().backward()
@@ -274,7 +275,7 @@ def test_no_padding_token_takes_a_row_out_of_training(
 
 def test_a_generation_configuration_of_old_uploads_can_be_saved(model: Path, tmp_path: Path) -> None:
     change(model, "generation_config.json", pad_token_id=-1)
-    lm = load_causal_lm(str(model), load_config(str(model), False), torch.float32, "--pretrained")
+    lm = load_causal_lm(str(model), "--pretrained", load_config(str(model), False), torch.float32)
     lm.generation_config.save_pretrained(tmp_path)
     assert "pad_token_id" not in json.loads((tmp_path / "generation_config.json").read_text())
 

@@ -10,7 +10,8 @@ from support import ROOT, load_script
 from tokenizer_cases import run_extension, write_pieces
 
 from colossal_llama.tokenizer import compare_tokenizers, learn_pieces
-from colossal_llama.tokenizer.init_tokenizer import build_parser, extend, write_tokenizer
+from colossal_llama.tokenizer.init_tokenizer import TokenizerSettings, build_parser, extend, write_tokenizer
+from colossal_llama.utils.settings import parse_settings
 
 
 def read_all(directory: Path) -> dict[str, bytes]:
@@ -20,8 +21,9 @@ def read_all(directory: Path) -> dict[str, bytes]:
 def run(source: Path, target: Path, *more: str) -> None:
     pieces = write_pieces(target.parent / "pieces.jsonl", ["人工"])
     flags = (f"--source_tokenizer_dir={source}", f"--target_tokenizer_dir={target}")
-    args = build_parser().parse_args([*flags, f"--expand_tokens_file={pieces}", *more])
-    write_tokenizer(args, *extend(args))
+    arguments = [*flags, f"--expand_tokens_file={pieces}", *more]
+    settings = parse_settings(build_parser(), TokenizerSettings, arguments)
+    write_tokenizer(settings, *extend(settings))
 
 
 @pytest.mark.parametrize("kind", ["llama3", "tokenizer.model alone", "added tokens", "template", "code"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -14,21 +13,21 @@ import pytest
 from tokenizer_cases import run_extension
 from transformers import AutoTokenizer
 
-from colossal_llama.dataset import preparation
+from colossal_llama.dataset import tokenizer_copy
 from colossal_llama.inference import loading
-from colossal_llama.model.init_model import _copy_small_files
+from colossal_llama.model.init_model import ModelSettings, _copy_small_files
 from colossal_llama.tokenizer import compare_tokenizers
 from colossal_llama.tokenizer.source import open_source
 from colossal_llama.tokenizer.tokenizer_files import copy_tokenizer, files_of_tokenizer, settings_of
-from colossal_llama.training import model as training_model
+from colossal_llama.training.llama import loading as training_loading
 from colossal_llama.utils.errors import UserError
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "extension": lambda directory: open_source(directory, "--source_tokenizer_dir"),
-    "preparation": preparation.load_tokenizer,
+    "preparation": tokenizer_copy.load_tokenizer,
     "comparison": compare_tokenizers.load_tokenizer,
     "inference": lambda directory: loading.load_tokenizer(None, str(directory), str(directory), False),
-    "training": lambda directory: training_model.load_tokenizer(str(directory), False),
+    "training": lambda directory: training_loading.load_tokenizer(str(directory), False),
 }
 
 
@@ -103,11 +102,8 @@ def test_all_files_of_a_tokenizer_go_into_what_is_made_of_it(
     run_extension(source, target, ["人工", "智能"])
     shutil.rmtree(source / "additional_chat_templates")
     (target / "program.py").write_text("the user's own\n")
-    args = argparse.Namespace(
-        source_model_and_tokenizer_path=tiny_model_dir, target_tokenizer_path=target, target_model_path=model
-    )
     model.mkdir()
-    _copy_small_files(args)
+    _copy_small_files(ModelSettings(tiny_model_dir, target, model))
     for directory in (target, model):
         for name, content in OTHERS.items():
             assert (directory / name).read_text() == content

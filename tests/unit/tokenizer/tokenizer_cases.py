@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from colossal_llama.tokenizer.init_tokenizer import build_parser, extend, write_tokenizer
+from colossal_llama.tokenizer.init_tokenizer import TokenizerSettings, extend, write_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -65,15 +65,8 @@ def run_extension(
     """Runs init_tokenizer.py's steps in this process; returns the report."""
     target.parent.mkdir(parents=True, exist_ok=True)
     file = write_pieces(target.parent / f"{target.name}.jsonl", pieces)
-    args = build_parser().parse_args(
-        [
-            f"--source_tokenizer_dir={source}",
-            f"--target_tokenizer_dir={target}",
-            f"--expand_tokens_file={file}",
-            f"--unreachable={unreachable}",
-        ]
-    )
-    write_tokenizer(args, *extend(args))
+    settings = TokenizerSettings(source, target, file, unreachable)
+    write_tokenizer(settings, *extend(settings))
     return json.loads((target / "vocabulary_extension.json").read_text(encoding="utf-8"))
 
 

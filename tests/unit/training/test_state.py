@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colossal_llama.dataset.loader import BatchPlan, StepSampler
+from colossal_llama.training.data.order import BatchShape, StepSampler
 from colossal_llama.training.schedule import LearningRateSchedule
 from colossal_llama.training.state import TrainState
 
@@ -21,7 +21,7 @@ class Order:
 
 
 def rows_of(state: TrainState, num_rows: int, rows_per_step: int, num_epochs: int) -> list[int]:
-    plan = BatchPlan(rows_per_step, 1, 1, 0)
+    plan = BatchShape(rows_per_step, 1, 1, 0)
     sampler = StepSampler(Order(num_rows), plan, state.epoch, state.position, num_epochs)
     return [row for batch in sampler for row in batch]
 

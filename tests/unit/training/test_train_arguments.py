@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama.training.arguments import build_parser, data_parallel_size
+from colossal_llama.training.arguments import build_parser, parse_settings
+from colossal_llama.training.layout import Layout
 
 REQUIRED = ["--pretrained", "some/model", "--benchmark"]
 
 
 def parse(flags: str = "") -> argparse.Namespace:
     return build_parser().parse_args([*REQUIRED, *flags.split()])
+
+
+def layout(flags: str, world_size: int) -> Layout:
+    return parse_settings([*REQUIRED, *flags.split()]).layout.on(world_size)
 
 
 def problems_of(capsys: pytest.CaptureFixture[str], flags: str = "", required: bool = True) -> list[str]:
@@ -133,14 +138,14 @@ def test_every_plugin_is_accepted(plugin: str) -> None:
 
 
 def test_full_pipeline_layout_is_accepted() -> None:
-    args = parse("--plugin 3d --tp 2 --pp 4 --batch_size 8 --microbatch_size 2 --mixed_precision bf16")
-    assert data_parallel_size(args, 64) == 8
+    flags = "--plugin 3d --tp 2 --pp 4 --batch_size 8 --microbatch_size 2 --mixed_precision bf16"
+    assert layout(flags, 64).dp_size == 8
 
 
 def test_data_parallel_size() -> None:
-    assert data_parallel_size(parse("--plugin zero2"), 6) == 6
-    args = parse("--plugin 3d --tp 2 --sp 2 --enable_sequence_parallelism --sp_mode all_to_all")
-    assert data_parallel_size(args, 16) == 4
+    assert layout("--plugin zero2", 6).dp_size == 6
+    flags = "--plugin 3d --tp 2 --sp 2 --enable_sequence_parallelism --sp_mode all_to_all"
+    assert layout(flags, 16).dp_size == 4
 
 
 # Contradictions: (arguments, what the message names, the remedy that it gives).

@@ -21,14 +21,12 @@ from colossal_llama.utils.files import (
     aside_path,
     lock_holder,
     locked_directory,
-    naming,
-    objection_to_replacing,
     read_json,
     read_json_object,
     remove_name,
     replace_path,
     wait_for_file,
-    why_not_writable,
+    with_filename_in_errors,
     write_json,
     write_text_atomically,
 )
@@ -81,11 +79,11 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     "error", [OSError(28, "No space left on device"), OSError("1000 requested and 10 written")]
 )
 def test_errors_of_writing_name_the_file(error: OSError) -> None:
-    with pytest.raises(OSError, match="No space left") as caught, naming("a/b"):
+    with pytest.raises(OSError, match="No space left") as caught, with_filename_in_errors("a/b"):
         raise error
     again = pickle.loads(pickle.dumps(caught.value))  # as it comes from a worker
     assert (again.errno, again.filename) == (28, "a/b")
-    with pytest.raises(FileNotFoundError) as named, naming("a/b"):
+    with pytest.raises(FileNotFoundError) as named, with_filename_in_errors("a/b"):
         open("/nowhere/file")  # noqa: SIM115
     assert named.value.filename == "/nowhere/file"
 
@@ -211,18 +209,6 @@ def test_of_what_lies_behind_a_link_the_link_is_removed(tmp_path: Path) -> None:
     assert (theirs / "file").exists()
 
 
-def test_what_may_be_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    assert objection_to_replacing(path, lambda _: False) is None
-    assert objection_to_replacing(Path("/dev/null"), lambda _: False) is None
-    path.write_text(" \n")
-    assert objection_to_replacing(path, lambda _: False) is None
-    path.write_text('[1]\n{"a')
-    assert objection_to_replacing(path, lambda value: value == [1]) is None
-    for is_ours in (lambda value: value == [2], lambda value: len(value[0]) == 1):
-        assert "is there already" in objection_to_replacing(path, is_ours)
-
-
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -244,15 +230,6 @@ def test_what_is_no_object_is_named(tmp_path: Path, content: bytes, complaint: s
 def test_a_byte_order_mark_before_json_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "a.json") == read_json_object(tmp_path / "a.json") == {"a": 1}
-
-
-def test_a_directory_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
-    assert why_not_writable(tmp_path) is None
-    assert why_not_writable(tmp_path / "a" / "b") is None
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").touch()
-    assert why_not_writable(tmp_path / "file" / "a") == f"{tmp_path / 'file'}: Not a directory"
-    assert why_not_writable(Path("/proc/a")).startswith("/proc: ")
 
 
 def test_the_holder_of_a_lock(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Pre-training records: BOS, the text, EOS, and the loss mask of a `source`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from colossal_llama.corpus.records import take_string
+from colossal_llama.dataset.encoders import find_policy
+from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome
+from colossal_llama.dataset.engines import OffsetEncoding, load_engine
+from colossal_llama.dataset.settings import PretrainSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class PretrainRecord:
+    source: str
+    target: str
+    category: str
+
+    @property
+    def num_characters(self) -> int:
+        return len(self.source) + len(self.target)
+
+
+class PretrainEncoder:
+    """`{"source", "target", "category"}`: BOS + source + target + EOS, loss on what ends beyond `source`."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self.spec = spec
+        self.engine = load_engine(spec.engine, spec.tokenizer_json)
+        self.fit = find_policy(spec.long_documents)
+
+    @classmethod
+    def make_spec(
+        cls, tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings, max_length: int
+    ) -> EncoderSpec:
+        """BOS and EOS are the tokenizer's."""
+        return EncoderSpec(
+            "pretrain",
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            max_length,
+            long_documents=settings.long_documents,
+        )
+
+    def parse(self, value: dict[str, Any]) -> PretrainRecord:
+        return PretrainRecord(
+            take_string(value, "source"), take_string(value, "target"), take_string(value, "category")
+        )
+
+    def encode(self, records: Sequence[PretrainRecord]) -> list[Outcome]:
+        outcomes: list[Outcome | None] = [None] * len(records)
+        without_source = [i for i, record in enumerate(records) if not record.source]
+        with_source = [i for i, record in enumerate(records) if record.source]
+        texts = [records[i].target for i in without_source]
+        for i, ids in zip(without_source, self.engine.encode(texts), strict=True):
+            outcomes[i] = self._finish(records[i], self._add_ends(ids))
+        # Only these need offsets, which cost a part of the tokenizer's speed.
+        texts = [records[i].source + records[i].target for i in with_source]
+        for i, encoding in zip(with_source, self.engine.encode_with_offsets(texts), strict=True):
+            stored = self._add_ends(encoding.ids)
+            num_without_loss = 1 + find_first_token_beyond(encoding, len(records[i].source))
+            stored[:num_without_loss] = ~stored[:num_without_loss]
+            outcomes[i] = self._finish(records[i], stored)
+        return outcomes  # type: ignore[return-value]
+
+    def _add_ends(self, ids: list[int]) -> np.ndarray:
+        stored = np.empty(len(ids) + 2, dtype=np.int32)
+        stored[0] = self.spec.bos_id
+        stored[1:-1] = ids
+        stored[-1] = self.spec.end_id
+        return stored
+
+    def _finish(self, record: PretrainRecord, stored: np.ndarray) -> Outcome:
+        num_tokens = len(stored)
+        if not record.target:
+            reason = "empty target" if record.source else "empty record"
+            return Outcome(num_tokens, dropped_tokens={reason: num_tokens}, reason=reason)
+        max_length = self.spec.max_length
+        if num_tokens <= max_length:
+            return Outcome(num_tokens, [stored])
+        return self.fit(stored, max_length)
+
+
+def find_first_token_beyond(encoding: OffsetEncoding, num_characters: int) -> int:
+    """Index of the first token that ends beyond the first `num_characters` characters of its text.
+
+    When no token does (the text is no longer, or the normaliser removed the rest), the number of tokens.
+    """
+    index = encoding.char_to_token(num_characters)
+    if index is not None:
+        return index
+    for index, (_, end) in enumerate(encoding.offsets):
+        if end > num_characters:
+            return index
+    return len(encoding)

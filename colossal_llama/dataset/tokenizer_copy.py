@@ -1,0 +1,72 @@
+"""The tokenizer of a preparation: loaded once, and copied for the workers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from colossal_llama.dataset.engines import load_engine
+from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
+from colossal_llama.tokenizer.tokenizer_files import check_settings
+from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import with_filename_in_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TOKENIZER_NAME = re.compile(r"[0-9a-f]{24}\.json")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What the bins say about the tokenizer that made them."""
+
+    json_path: Path
+    fingerprint: str
+    vocab_size: int
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a Hugging Face directory; `UserError` when there is none, or no BOS or EOS."""
+    from transformers import AutoTokenizer
+
+    check_settings(directory)
+    try:
+        # Not left open: transformers would ask standard input whether to run the directory's code.
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust library has no exception types of its own
+        raise UserError(f"--tokenizer_dir {directory}: no tokenizer can be loaded: {error}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"--tokenizer_dir {directory}: {type(tokenizer).__name__} is not a fast tokenizer")
+    for name in ("bos_token", "eos_token"):
+        if getattr(tokenizer, f"{name}_id") is None:
+            raise UserError(
+                f"--tokenizer_dir {directory}: the tokenizer has no {name}; set it in its configuration"
+            )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, cache_dir: Path, engine_name: str) -> TokenizerInfo:
+    """Serialises the Rust tokenizer for the workers, under a name that stands for its content."""
+    directory = cache_dir / "tokenizer"
+    directory.mkdir(parents=True, exist_ok=True)
+    text = tokenizer.backend_tokenizer.to_str()
+    path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    for other in directory.iterdir():
+        if TOKENIZER_NAME.fullmatch(other.name):
+            other.unlink()
+    with with_filename_in_errors(path):
+        path.write_text(text, encoding="utf-8")
+    engine = load_engine(engine_name, str(path))
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        text = f"{token.content} a{token.content}"
+        is_unknown = token_id == tokenizer.unk_token_id  # may stand for any character
+        if token.special and not is_unknown and token_id in next(iter(engine.encode([text]))):
+            raise UserError(
+                f"{tokenizer.name_or_path}: the merges of this tokenizer turn the plain text {token.content} "
+                f"into the special token {token_id}; use a tokenizer that keeps them apart"
+            )
+    return TokenizerInfo(path.absolute(), tokenizer_fingerprint(tokenizer), len(tokenizer))

@@ -1,0 +1,443 @@
+"""Plugin: what `--plugin` chooses, and all that the rest of the suite asks of it.
+
+Before a run a plugin says what it can't be combined with and what memory it takes. In a run it boosts the
+model, and the loop sees the same few methods whatever the plugin: `run_passes` computes the gradients of one
+optimizer step, `optimizer_step` applies them, `evaluate_pass` computes a loss alone. A checkpoint asks where
+its optimizer state lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from colossal_llama.model.dtypes import torch_dtype
+from colossal_llama.training.layout import Layout
+from colossal_llama.training.llama.attention import has_flash_attn
+from colossal_llama.training.llama.embedding_noise import EmbeddingNoise
+from colossal_llama.training.memory import FP32_BYTES, ParameterCounts, count_held_parameters
+from colossal_llama.training.settings import RunSettings
+from colossal_llama.upstream.loss_scale import BackwardLossScale
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPS = 1e-8
+# Plugins compute the gradient norm only where they clip; with no clipping asked for, this bound never acts.
+NO_CLIPPING = 1e30
+INITIAL_LOSS_SCALE = 2.0**16
+
+Batch = dict[str, torch.Tensor]
+# Name of a part of a step -> the context that times it.
+Phase = Callable[[str], contextlib.AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class ShardCoordinates:
+    """What of the model and the optimizer this process holds.
+
+    Attributes:
+        replica, num_replicas: its place among the processes that compute with the same weights.
+        zero_rank: its slice of the optimizer's parameters; 0 where they are not sliced.
+        is_replica: another process holds the same optimizer state, and writes it.
+    """
+
+    tensor_rank: int
+    pipeline_rank: int
+    replica: int
+    num_replicas: int
+    zero_rank: int
+    is_replica: bool
+
+    @property
+    def file_name(self) -> str:
+        """File of the optimizer shard."""
+        return f"tp-{self.tensor_rank:03d}_pp-{self.pipeline_rank:03d}_zero-{self.zero_rank:04d}.safetensors"
+
+
+class Plugin(ABC):
+    """A way to train on several processes: the base of every plugin.
+
+    Args:
+        world_size: processes of the run.
+
+    Attributes:
+        splits_model: `--tp`, `--pp`, `--sp` and what goes with them are for this plugin.
+        autocasts: parameters stay fp32 and are cast where they are used, instead of being half precision.
+        needs_whole_logits: the output matrix must be used by ordinary torch operations, so the loss can't be
+            computed chunk by chunk.
+        saves_by_parameter: weights and optimizer state can be read by parameter name, so checkpoints have the
+            files that every layout reads, and can be written while training continues.
+        places_parameters_itself: parameters do not stay where the model has them once it is boosted.
+        pads_vocabulary: rows are added to the embeddings that it splits.
+
+    After `boost`:
+        causal_lm, peft_model, model, optimizer: the LLaMA, it or the PEFT model around it, and both as
+        boosted.
+        parameter_names: names by parameter.
+        loaded_sums: `weight_sums` of the model that was boosted.
+        tensor_group: process group that the vocabulary is split over; None where it is whole.
+        dp_rank: this process's place among those that see different rows.
+    """
+
+    name: ClassVar[str]
+    splits_model: ClassVar[bool] = False
+    autocasts: ClassVar[bool] = False
+    pads_vocabulary: ClassVar[bool] = False
+    needs_whole_logits: ClassVar[bool] = False
+    saves_by_parameter: ClassVar[bool] = True
+    places_parameters_itself: ClassVar[bool] = False
+
+    def __init__(self, settings: RunSettings, world_size: int) -> None:
+        self.settings = settings
+        self.layout: Layout = settings.layout.on(world_size)
+
+    # ------------------------------------------------------------------ before a run
+
+    def conflicts(self) -> list[str]:
+        """Flags that this plugin can't be combined with, each with its remedy."""
+        layout, problems = self.settings.layout, []
+        if self.splits_model:
+            return problems
+        for flag in ("tp", "pp", "sp"):
+            if (size := getattr(layout, flag)) > 1:
+                problems.append(f"--{flag} {size}: only the 3d plugin splits models; add --plugin 3d")
+        for flag, other in (("enable_sequence_parallelism", ""), ("zero_cpu_offload", " (or use zero2_cpu)")):
+            if getattr(layout, flag):
+                problems.append(f"--{flag}: only for --plugin 3d{other}")
+        return problems
+
+    def model_conflicts(self, config: LlamaConfig) -> list[str]:
+        """What shows only beside the model's configuration, the number of processes or the machine."""
+        problems = []
+        if self.settings.layout.use_flash_attn and torch.cuda.is_available() and not has_flash_attn():
+            problems.append(
+                "--use_flash_attn: the package flash-attn cannot be imported; install it (the README has the "
+                "command), or leave the flag out: torch's attention computes the same"
+            )
+        return [*problems, *self.layout.problems(config)]
+
+    def doubts(self) -> list[str]:
+        """What is no error, but worth a warning."""
+        return []
+
+    def describe_layout(self) -> str:
+        """For tables: the plugin, and the sizes that it uses."""
+        return self.name
+
+    @property
+    def value_bytes(self) -> int:
+        """Of a weight or an activation in the forward pass."""
+        return FP32_BYTES if self.layout.mixed_precision == "fp32" else 2
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of a parameter, and of a value of the residual stream."""
+        return FP32_BYTES if self.autocasts else self.value_bytes
+
+    @property
+    def asks_for_flash(self) -> bool:
+        """Whether flash attention was asked for, in a precision that it knows."""
+        return self.layout.use_flash_attn and self.layout.mixed_precision != "fp32"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the forward and backward pass."""
+        return torch_dtype(self.layout.mixed_precision)
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Of the model's parameters, in memory and where they are saved."""
+        return torch.float32 if self.autocasts else self.compute_dtype
+
+    def count_held_parameters(self, config: LlamaConfig, stage: int = 0) -> ParameterCounts:
+        """Parameters that a process of a pipeline stage holds, before ZeRO shards anything."""
+        return count_held_parameters(
+            config, self.settings.adaptation, self.layout, stage, self.pads_vocabulary
+        )
+
+    def memory_notes(self) -> list[str]:
+        """Sentences for below the table of memory."""
+        return []
+
+    @abstractmethod
+    def estimate_states(self, counts: ParameterCounts) -> dict[str, int]:
+        """Bytes of weights, gradients, optimizer state and what moves them: fields of `MemoryEstimate`."""
+
+    # ------------------------------------------------------------------ boosting
+
+    def start(self) -> None:
+        """Makes colossalai's plugin; the process group is there."""
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+        self.max_norm = self.settings.optimizer.grad_clip or NO_CLIPPING
+        self.use_flash = self.asks_for_flash and has_flash_attn()
+        self.dp_rank = dist.get_rank()
+        self.tensor_group: Any = None
+        self.booster_plugin = self.make_booster_plugin()
+        from colossalai.booster import Booster
+
+        self.booster = Booster(plugin=self.booster_plugin)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @abstractmethod
+    def make_booster_plugin(self) -> Any:
+        """colossalai's plugin, with the settings of this run."""
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW over the parameters that train."""
+        if self.on_gpu:
+            from colossalai.nn.optimizer import HybridAdam
+
+            return HybridAdam(parameters, adamw_mode=True, **self.adam_settings)
+        return torch.optim.AdamW(parameters, fused=True, **self.adam_settings)
+
+    @property
+    def adam_settings(self) -> dict[str, Any]:
+        wanted = self.settings.optimizer
+        return {"lr": wanted.lr, "betas": ADAM_BETAS, "eps": ADAM_EPS, "weight_decay": wanted.weight_decay}
+
+    def boost(self, model: nn.Module, causal_lm: nn.Module, noise: EmbeddingNoise | None) -> None:
+        """Hands the model to colossalai and installs what makes all layouts compute the same.
+
+        Args:
+            model: `causal_lm` itself, or a PEFT model around it.
+        """
+        from colossal_llama.training.llama.forward import install_forwards
+        from colossal_llama.training.llama.weight_checks import check_weights_survived, weight_sums
+        from colossal_llama.upstream.rotary_frequencies import restore_rotary_frequencies
+
+        self.causal_lm, self.peft_model = causal_lm, model
+        self.embedding_noise = noise
+        if self.layout.use_grad_checkpoint:
+            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            if self.settings.adaptation.lora_rank:
+                causal_lm.enable_input_require_grads()
+        self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
+        self.loaded_sums = weight_sums(model)
+        optimizer = self.make_optimizer([p for p in model.parameters() if p.requires_grad])
+        self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
+        install_forwards(
+            causal_lm,
+            self.use_flash,
+            ulysses_group=self.ulysses_group,
+            vocabulary_group=self.tensor_group,
+            pipeline_arguments=self.pipeline_arguments(),
+            embedding_noise=noise,
+            plain_loss=self.needs_whole_logits,
+        )
+        restore_rotary_frequencies(causal_lm)
+        if not self.places_parameters_itself:
+            self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
+            check_weights_survived(model, self.loaded_sums, self.tensor_group, self.parameter_dtype)
+        self.loss_scale = BackwardLossScale.find(self.optimizer)
+        self.after_boost()
+
+    def after_boost(self) -> None:  # noqa: B027 - most add nothing
+        """What a plugin adds to the boosted model."""
+
+    @property
+    def ulysses_group(self) -> Any:
+        """Process group of `all_to_all` sequence parallelism."""
+        return None
+
+    def pipeline_arguments(self) -> dict[str, Any] | None:
+        """What the forward of a pipeline stage needs; None where the model is whole."""
+        return None
+
+    # ------------------------------------------------------------------ a step
+
+    def to_device(self, batch: dict[str, Any]) -> Batch:
+        """The model's arguments of a collated batch, on the device."""
+        moved = {
+            name: batch[name].to(self.device, non_blocking=True)
+            for name in ("input_ids", "position_ids", "labels")
+        }
+        moved["attention_mask"] = batch["document_index"].to(self.device, non_blocking=True)
+        return moved
+
+    @property
+    def can_skip_sync(self) -> bool:
+        """Whether gradients may stay unreduced until the last pass of a step."""
+        return False
+
+    def run_passes(
+        self, batches: Sequence[Batch], num_labels: int, step: int, phase: Phase = contextlib.nullcontext
+    ) -> torch.Tensor:
+        """Forward and backward of one optimizer step.
+
+        Args:
+            batches: this rank's micro-batches (pipeline: passes).
+            num_labels: tokens with loss of the step, over all passes and data-parallel ranks.
+            phase: the context of "forward" and of "backward" (pipeline: of both together).
+
+        Returns:
+            This rank's summed loss, fp32 (pipeline: zero except on the last stage).
+        """
+        self.model.train()
+        if self.embedding_noise is not None:
+            self.embedding_noise.start_step(step, self.dp_rank)
+        # The plugins average gradients over the data-parallel ranks; with this factor that is the token mean.
+        factor = self.layout.dp_size / max(1, num_labels)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for number, batch in enumerate(batches):
+            skip_sync = self.can_skip_sync and number < len(batches) - 1
+            context = (
+                self.booster.no_sync(self.model, self.optimizer) if skip_sync else contextlib.nullcontext()
+            )
+            with context:
+                total += self.train_pass(batch, factor, phase)
+        return total
+
+    def train_pass(self, batch: Batch, factor: float, phase: Phase) -> torch.Tensor:
+        """Forward and backward of one micro-batch; gradients are of the summed loss times `factor`."""
+        with phase("forward"), self.autocast():
+            loss_sum = self.model(**batch)["loss_sum"]
+        loss = self.scale_loss(loss_sum * factor)
+        with phase("backward"):
+            self.booster.backward(loss, self.optimizer)
+        return loss_sum.detach()
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss whose gradients are taken; colossalai's optimizers scale by themselves."""
+        return loss
+
+    def evaluate_pass(self, batch: Batch) -> torch.Tensor:
+        """Summed loss of a batch, without gradients, noise or dropout (pipeline: zero except on the
+        last stage).
+        """
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            return self.model(**batch)["loss_sum"]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if not self.autocasts or self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
+        """Clips, steps, clears the gradients.
+
+        Returns:
+            The gradient norm before clipping, and whether fp16 overflowed so that the step was left out.
+        """
+        for group in self.optimizer.optim.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        skipped = False
+        norm = float(self.optimizer.get_grad_norm() or 0.0)
+        if self.loss_scale is not None:
+            skipped = self.loss_scale.found_overflow
+            norm /= self.loss_scale.used
+        self.optimizer.zero_grad()
+        return norm, skipped
+
+    def sum_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Sums [n] over the data-parallel ranks; the ranks of a tensor, pipeline or sequence group
+        hold the same.
+        """
+        counts = counts.to(self.device)
+        dist.all_reduce(counts)
+        return counts / (self.layout.world_size // self.layout.dp_size)
+
+    def sum_losses(self, losses: torch.Tensor) -> torch.Tensor:
+        """Sums [n] over the data-parallel ranks; all stages of a pipeline but the last hold zeros."""
+        losses = losses.to(self.device)
+        dist.all_reduce(losses)
+        return losses / (self.layout.world_size // self.layout.dp_size // self.layout.pp)
+
+    # ------------------------------------------------------------------ state in a checkpoint
+
+    @property
+    def slices_optimizer(self) -> bool:
+        """Whether each data-parallel rank holds a slice of the optimizer's state (ZeRO)."""
+        return False
+
+    def shard_coordinates(self) -> ShardCoordinates:
+        """Which part of the weights and of the optimizer's state this process has."""
+        return self._coordinates_in(None, tensor_rank=0, pipeline_rank=0)
+
+    def _coordinates_in(self, group: Any, tensor_rank: int, pipeline_rank: int) -> ShardCoordinates:
+        """`group`: the processes that compute with the same weights."""
+        replica, num_replicas = dist.get_rank(group), dist.get_world_size(group)
+        return ShardCoordinates(
+            tensor_rank,
+            pipeline_rank,
+            replica,
+            num_replicas,
+            replica if self.slices_optimizer else 0,
+            not self.slices_optimizer and replica > 0,
+        )
+
+    def master_weights(self) -> dict[str, tuple[nn.Parameter, torch.Tensor]]:
+        """Parameter name -> (parameter of the model, what the optimizer updates: an fp32 master or a slice
+        of one).
+        """
+        masters = {}
+        for parameter, name in self.parameter_names.items():
+            if not parameter.requires_grad:
+                continue
+            master = self.master_of(parameter)
+            if master is not None:
+                masters[name] = (parameter, master)
+        return masters
+
+    def master_of(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """What the optimizer updates for a parameter; None where another process does it."""
+        return parameter
+
+    def loss_scale_state(self) -> dict[str, float]:
+        """The fp16 loss scaler's state, JSON-able; empty in other precisions."""
+        return {} if self.loss_scale is None else self.loss_scale.state()
+
+    def load_loss_scale_state(self, state: dict[str, float]) -> None:
+        if state and self.loss_scale is not None:
+            self.loss_scale.load_state(state)
+
+    def optimizer_step_count(self, steps: float, parameter: torch.Tensor) -> Any:
+        """Adam's step counter in the form that the optimizer keeps: a tensor (torch) or a whole
+        number (HybridAdam).
+        """
+        if isinstance(self.optimizer.optim, torch.optim.AdamW):
+            return torch.tensor(steps, dtype=torch.float32, device=parameter.device)
+        return int(steps)
+
+    # The rest is for plugins whose state can't be read by parameter name.
+
+    def save_state(self, directory: Path) -> None:
+        """Writes the optimizer's state in files of its own."""
+        raise NotImplementedError
+
+    def load_state(self, directory: Path) -> None:
+        """Reads what `save_state` wrote."""
+        raise NotImplementedError
+
+    def save_weights(self, directory: Path) -> None:
+        """Writes the weights as safetensors."""
+        raise NotImplementedError
+
+
+def has_apex_norm() -> bool:
+    """Whether NVIDIA's apex, which has fused RMSNorm, is installed (another package on the index has
+    its name).
+    """
+    try:
+        from apex.normalization import FusedRMSNorm  # noqa: F401
+    except ImportError:
+        return False
+    return True

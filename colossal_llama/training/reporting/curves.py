@@ -1,0 +1,177 @@
+"""The picture of a run: loss by step and by tokens, evaluations, learning rate; and the stages joined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from colossal_llama.training.reporting.metrics import CURVES_FILE, read_all_stages
+from colossal_llama.utils.console import warn
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Width of the smoothing (the Gaussian's standard deviation): this share of the run's steps, up to a limit.
+SMOOTHED_SHARE = 1 / 60
+LARGEST_WIDTH = 500.0
+# Fewer steps than this are drawn with a mark each, and not smoothed.
+FEW_STEPS = 20
+STEP_AXIS, TOKEN_AXIS = "optimizer step", "tokens seen"
+
+
+@dataclass
+class Curve:
+    """One stage, placed behind the stages before it: values by optimizer step and by tokens seen."""
+
+    steps: list[int]
+    tokens: list[int]
+    losses: list[float]
+    smoothed: list[float]
+    learning_rates: list[float]
+    eval_steps: list[int]
+    eval_tokens: list[int]
+    eval_losses: list[float]
+
+
+def make_curve(records: list[dict[str, Any]], step_offset: int = 0, token_offset: int = 0) -> Curve:
+    losses = [record["loss"] for record in records]
+    evaluated = [record for record in records if record.get("eval_loss") is not None]
+    return Curve(
+        steps=[step_offset + record["step"] for record in records],
+        tokens=[token_offset + record["tokens"] for record in records],
+        losses=losses,
+        smoothed=smooth(losses),
+        learning_rates=[record["lr"] for record in records],
+        eval_steps=[step_offset + record["step"] for record in evaluated],
+        eval_tokens=[token_offset + record["tokens"] for record in evaluated],
+        eval_losses=[record["eval_loss"] for record in evaluated],
+    )
+
+
+def join_stages(stages: list[list[dict[str, Any]]]) -> list[Curve]:
+    """Curves of all stages, each beginning at the step and the token where the one before ended."""
+    curves, step, tokens = [], 0, 0
+    for records in stages:
+        curves.append(make_curve(records, step, tokens))
+        step, tokens = curves[-1].steps[-1], curves[-1].tokens[-1]
+    return curves
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Means weighted with a Gaussian around each step, so that the curve does not lag behind a falling loss;
+    at both ends over the steps that are there.
+    """
+    if len(values) < FEW_STEPS:
+        return values
+    width = min(max(1.0, SMOOTHED_SHARE * len(values)), LARGEST_WIDTH)
+    offsets = np.arange(-int(3 * width), int(3 * width) + 1)
+    kernel = np.exp(-0.5 * (offsets / width) ** 2)
+    sums = np.convolve(values, kernel, mode="same") / np.convolve(np.ones(len(values)), kernel, mode="same")
+    return sums.tolist()
+
+
+def draw_curves(directory: Path) -> Path | None:
+    """Writes `training_curves.png` from the metrics in a directory; returns its path, None without metrics.
+
+    A first row of panels shows the run. One that started from an earlier run's weights has a second row, with
+    all stages joined.
+    """
+    stages = [[record for record in records if "loss" in record] for records in read_all_stages(directory)]
+    if not stages[-1]:
+        return None
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        warn(f"no {CURVES_FILE}: {error}")
+        return None
+    stages = [records for records in stages if records]
+    rows = [("", [make_curve(stages[-1])])]
+    if len(stages) > 1:
+        rows.append((f", {len(stages)} stages joined", join_stages(stages)))
+    figure = Figure(figsize=(16, 4.8 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, curves) in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
+        _draw_losses(axes[0], curves, STEP_AXIS, f"Loss by step{title}")
+        _draw_losses(axes[1], curves, TOKEN_AXIS, f"Loss by tokens{title}")
+        _draw_learning_rate(axes[2], curves, f"Learning rate{title}")
+    figure.suptitle(_headline(rows[0][1][0]), fontsize=11)
+    # Beside the panels: inside, it would hide a part of some curve. Each label once, however many stages.
+    handles, labels = figure.axes[-3].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False)
+    path = directory / CURVES_FILE
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _headline(curve: Curve) -> str:
+    words = f"{len(curve.steps):,} steps, {curve.tokens[-1]:,} tokens; "
+    words += f"loss at the end {curve.smoothed[-1]:.4f} (smoothed)"
+    return words + (f", evaluation {curve.eval_losses[-1]:.4f}" if curve.eval_losses else "")
+
+
+def _draw_losses(axis: Axes, curves: list[Curve], unit: str, title: str) -> None:
+    for curve in curves:
+        by_step = unit == STEP_AXIS
+        positions = curve.steps if by_step else curve.tokens
+        marks = {"marker": "o" if len(positions) < FEW_STEPS else None, "markersize": 3}
+        axis.plot(positions, curve.losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="every step")
+        axis.plot(positions, curve.smoothed, color="tab:blue", linewidth=1.8, label="smoothed", **marks)
+        if curve.eval_losses:
+            eval_positions = curve.eval_steps if by_step else curve.eval_tokens
+            marks = {"marker": "o", "markersize": 4}
+            axis.plot(
+                eval_positions,
+                curve.eval_losses,
+                color="tab:orange",
+                linewidth=1,
+                label="evaluation",
+                **marks,
+            )
+    axis.set_ylabel("loss, nats per token")
+    _finish(axis, curves, unit, title)
+
+
+def _draw_learning_rate(axis: Axes, curves: list[Curve], title: str) -> None:
+    for curve in curves:
+        mark = "o" if len(curve.steps) < FEW_STEPS else None
+        axis.plot(curve.steps, curve.learning_rates, color="tab:green", marker=mark, markersize=3)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("learning rate")
+    axis.yaxis.set_major_formatter(lambda value, _: shorten_rate(value))
+    _finish(axis, curves, STEP_AXIS, title)
+
+
+def _finish(axis: Axes, curves: list[Curve], unit: str, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for number, before in enumerate(curves[:-1], start=2):
+        border = before.steps[-1] if unit == STEP_AXIS else before.tokens[-1]
+        axis.axvline(border, color="0.4", linestyle="--", linewidth=1)
+        place = {"xycoords": ("data", "axes fraction"), "xytext": (4, 0), "textcoords": "offset points"}
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        axis.annotate(f"stage {number}", (border, 0.97), rotation=90, va="top", fontsize=8, bbox=box, **place)
+    axis.set_xlabel(unit)
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    least = 1e5 if unit == STEP_AXIS else 1e3
+    axis.xaxis.set_major_formatter(lambda value, _: shorten(value, least))
+
+
+def shorten(number: float, least: float) -> str:
+    """1500 -> 1.5k, 8.5e9 -> 8.5B: a tick of an axis; numbers below `least` are written out."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= max(limit, least):
+            return f"{number / limit:g}{suffix}"
+    return f"{number:,.0f}"
+
+
+def shorten_rate(rate: float) -> str:
+    """0.00025 -> 2.5e-4."""
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if rate else "0"

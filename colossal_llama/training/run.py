@@ -1,0 +1,421 @@
+"""One run of `train.py`: prepared from its settings, then trained.
+
+    settings ─▶ inputs, plugin ─▶ plan ─▶ boosted model ─▶ loop ─▶ checkpoints, metrics
+
+`train.py`, `--dry_run` and the benchmarks all go through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from colossal_llama.training.checkpoint.directories import list_checkpoints, resolve_checkpoint
+from colossal_llama.training.checkpoint.model_files import ModelFiles, prepare_model_files
+from colossal_llama.training.checkpoint.modeling_files import ADAPTER_DIRECTORY, MODELING_DIRECTORY
+from colossal_llama.training.checkpoint.record import RunRecord, SavedRun, installed_versions, model_facts
+from colossal_llama.training.checkpoint.resume import (
+    check_adapter_base,
+    check_resumable,
+    continue_at_same_row,
+    find_checkpoint,
+    refuse_used_save_dir,
+    rescale_warmup,
+    warn_of_later_checkpoints,
+)
+from colossal_llama.training.checkpoint.writer import CheckpointWriter
+from colossal_llama.training.data.answer_ends import find_answer_ends
+from colossal_llama.training.data.prepared_rows import PreparedDataset
+from colossal_llama.training.data.rows import RowDataset
+from colossal_llama.training.inputs import Inputs, open_inputs
+from colossal_llama.training.llama.adapters import add_lora, freeze_all_but_embeddings, is_embedding
+from colossal_llama.training.llama.embedding_noise import EmbeddingNoise
+from colossal_llama.training.llama.loading import is_weights_directory, load_causal_lm, random_causal_lm
+from colossal_llama.training.llama.weight_checks import check_weights
+from colossal_llama.training.loop import TrainingLoop
+from colossal_llama.training.plan import RunPlan, format_plan, global_batch_line, make_plan
+from colossal_llama.training.plugins import find_plugin
+from colossal_llama.training.plugins.base import Plugin
+from colossal_llama.training.process import check_outputs, lock_save_dir
+from colossal_llama.training.reporting.curves import draw_curves
+from colossal_llama.training.reporting.kernels import describe_kernels
+from colossal_llama.training.reporting.metrics import MetricsWriter
+from colossal_llama.training.reporting.throughput import ThroughputMeter
+from colossal_llama.training.resilience.interruption import StopRequest
+from colossal_llama.training.settings import RunSettings
+from colossal_llama.training.state import TrainState
+from colossal_llama.utils.console import log, warn
+from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import write_json
+
+BENCHMARK_WARMUP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a run begins.
+
+    Attributes:
+        saved: the checkpoint that it continues from.
+        stage_weights: weights that `--load_checkpoint` started the stage from, in place of `--pretrained`.
+    """
+
+    saved: SavedRun | None = None
+    stage_weights: Path | None = None
+
+
+@dataclass
+class Run:
+    """What is trained, on what and how: the inputs are open, and everything fits together.
+
+    Attributes:
+        plugin: not started before `boost`: a plan needs no process group.
+    """
+
+    settings: RunSettings
+    inputs: Inputs
+    plugin: Plugin
+    plan: RunPlan
+
+    @classmethod
+    def prepare(cls, settings: RunSettings, world_size: int, dataset: RowDataset | None = None) -> Run:
+        """Opens the inputs, checks that layout, model and machine fit, and plans.
+
+        Args:
+            dataset: rows in place of those that the settings name.
+
+        Raises:
+            UserError: with every problem that was found.
+        """
+        inputs = open_inputs(settings)
+        if dataset is not None:
+            inputs = replace(inputs, dataset=dataset)
+        plugin = find_plugin(settings.layout.plugin)(settings, world_size)
+        if problems := plugin.model_conflicts(inputs.config):
+            raise UserError(problems)
+        return cls(settings, inputs, plugin, make_plan(plugin, inputs.config, inputs.dataset))
+
+    def describe(self) -> str:
+        """Tables of what the run will do and need."""
+        return format_plan(self.plan, self.plugin)
+
+    def train(self, stop: StopRequest) -> bool:
+        """Trains to the end, or until a stop is asked for; returns whether it came to its end."""
+        log(global_batch_line(self.plan, self.plugin))
+        with contextlib.ExitStack() as cleanup:
+            lock_save_dir(self.settings.output, cleanup)
+            start = self._find_start()
+            record = replace(self.make_record(), stage_weights=_absolute(start.stage_weights))
+            self.plugin.start()
+            log(describe_kernels(self.plugin))
+            files = self._prepare_files_together(start)
+            self.boost(start, files)
+            base = self._check_adapter_base(start.saved, self.plugin.loaded_sums)
+            record = replace(record, adapter_base=base)
+            writer = self.make_writer(record, files)
+            state = TrainState() if start.saved is None else self._resume(writer, start.saved)
+            metrics = self._open_metrics(state, record, start, cleanup)
+            if self.settings.output.benchmark:
+                return self._run_benchmark(TrainingLoop(self, state, None, None, stop, self._make_meter()))
+            loop = TrainingLoop(self, state, writer, metrics, stop)
+            completed = loop.run()
+            if completed:
+                self._finish(writer, metrics, loop)
+            else:
+                log(loop.summary())
+                log(
+                    f"Stopped by {stop.reason or 'another rank'} after step {state.step}; continue with "
+                    "--load_checkpoint latest"
+                )
+        return completed
+
+    # ------------------------------------------------------------------ parts of `train`, for benchmarks too
+
+    def boost(self, start: StartingPoint = StartingPoint(), files: ModelFiles | None = None) -> None:
+        """Loads the weights, decides what trains, and hands the model to the plugin.
+
+        Args:
+            files: the model gets their generation configuration, which Gemini saves by itself.
+        """
+        adaptation, seed = self.settings.adaptation, self.settings.optimizer.seed
+        causal_lm = model = self._load_model(start)
+        if files is not None:
+            causal_lm.generation_config = files.generation_config
+        if adaptation.freeze_non_embeds_params:
+            freeze_all_but_embeddings(causal_lm)
+        if adaptation.lora_rank:
+            model = add_lora(
+                causal_lm,
+                adaptation.lora_rank,
+                _find_adapter(start.saved),
+                seed,
+                adaptation.trains_embeddings_beside_lora,
+            )
+        noise = EmbeddingNoise(adaptation.neft_alpha, seed) if adaptation.use_neft else None
+        self.plugin.boost(model, causal_lm, noise)
+
+    def make_writer(self, record: RunRecord, files: ModelFiles | None) -> CheckpointWriter:
+        """What saves this run's checkpoints.
+
+        Args:
+            files: from `prepare_files`; the main process needs them.
+        """
+        output = self.settings.output
+        return CheckpointWriter(
+            output.save_dir,
+            self.plugin,
+            files,
+            self.plan.schedule,
+            output.save_total_limit,
+            record,
+            output.async_save,
+        )
+
+    def prepare_files(self, start: StartingPoint = StartingPoint()) -> ModelFiles:
+        """What saves write beside the weights, made and tried out by this process.
+
+        Raises:
+            UserError: something of it could not be saved.
+        """
+        data, inputs = self.settings.data, self.inputs
+        assert inputs.tokenizer is not None
+        ends = None
+        if isinstance(inputs.dataset, PreparedDataset):
+            ends = find_answer_ends(inputs.dataset, inputs.tokenizer)
+        if ends == []:
+            warn(
+                "--dataset: no token of the tokenizer's own ends its answers, so nothing will end those of "
+                "the model; let the chat template write its end of turn inside what has loss"
+            )
+        weights, flag = self._find_weights(start)
+        files = prepare_model_files(
+            data.pretrained,
+            weights or data.pretrained,
+            flag,
+            inputs.config,
+            self.plugin.parameter_dtype,
+            inputs.tokenizer,
+            ends,
+            self.settings.adaptation.lora_rank,
+            data.trust_remote_code,
+        )
+        for note in files.notes:
+            warn(note)
+        return files
+
+    # ------------------------------------------------------------------ the beginning
+
+    def rehearse(self) -> None:
+        """What a run checks between its plan and its first step, for `--dry_run`: in one process, from the
+        files' headers where loading would take long, and without making or changing a file.
+
+        Raises:
+            UserError: the run would end with one too.
+        """
+        output, config = self.settings.output, self.inputs.config
+        for dataset in (self.inputs.dataset, *self.inputs.evaluation_sets.values()):
+            if isinstance(dataset, PreparedDataset):
+                isolates = self.settings.data.isolate_documents
+                if problem := dataset.find_bad_row(config.vocab_size, isolates):
+                    raise UserError(problem)
+        start = StartingPoint()
+        if not output.benchmark:
+            check_outputs(output)
+            start = self._check_start(*resolve_checkpoint(output.load_checkpoint, output.save_dir))
+            self.prepare_files(start)
+        weights, flag = self._find_weights(start)
+        if weights is None:
+            return
+        reads_tensors = self.settings.adaptation.lora_rank and start.saved is not None
+        dtype = self.plugin.parameter_dtype if reads_tensors else None
+        sums = check_weights(weights, config, flag, dtype)
+        if sums is not None:
+            self._check_adapter_base(start.saved, sums)
+
+    def _find_start(self) -> StartingPoint:
+        """What `--load_checkpoint` means for this run; a checkpoint fits it, or that is an error."""
+        return self._check_start(*find_checkpoint(self.settings.output))
+
+    def _check_start(self, checkpoint: Path | None, stage_weights: Path | None) -> StartingPoint:
+        if checkpoint is None:
+            refuse_used_save_dir(self.settings.output)
+            return StartingPoint(None, stage_weights)
+        saved = SavedRun.read(checkpoint)
+        check_resumable(saved, self.make_record(), self.settings, self.plugin.layout)
+        schedule = rescale_warmup(
+            self.plan.schedule, self.settings.optimizer.warmup_steps, saved, self.plan.rows_per_step
+        )
+        self.plan = replace(self.plan, schedule=schedule)
+        return StartingPoint(saved, self._find_adapter_base(saved))
+
+    def make_record(self) -> RunRecord:
+        dataset = self.inputs.dataset
+        return RunRecord(
+            arguments=self.settings.as_json(),
+            layout=self.plugin.layout.as_json(),
+            data={
+                "fingerprint": dataset.fingerprint,
+                "rows": len(dataset),
+                "tokens": dataset.num_tokens,
+            },
+            rows_per_step=self.plan.rows_per_step,
+            total_steps=self.plan.total_steps,
+            model=model_facts(self.inputs.config),
+            versions=installed_versions(),
+        )
+
+    def _find_adapter_base(self, saved: SavedRun) -> Path | None:
+        """The weights under a resumed run's adapters when its `--load_checkpoint` gave them, not
+        `--pretrained`; `UserError` when they are no longer there.
+        """
+        if saved.record.stage_weights is None or not self.settings.adaptation.lora_rank:
+            return None
+        weights = Path(saved.record.stage_weights)
+        if not is_weights_directory(weights):
+            raise UserError(
+                f"--load_checkpoint {saved.checkpoint}: its adapters belong to the weights in {weights}, "
+                "which are not there; put them back"
+            )
+        return weights
+
+    def _check_adapter_base(self, saved: SavedRun | None, sums: Mapping[str, float]) -> dict[str, Any] | None:
+        """Which weights the adapters are trained on; a resumed run must have the same.
+
+        Args:
+            sums: of the values of each weight, by name, in the dtype of the parameters.
+        """
+        if not self.settings.adaptation.lora_rank or self.settings.output.benchmark:
+            return None
+        # Embeddings that train come from the checkpoint, not from the base.
+        embeddings_train = self.settings.adaptation.trains_embeddings_beside_lora
+        total = math.fsum(
+            value
+            for name, value in sums.items()
+            if "lora_" not in name and not (embeddings_train and is_embedding(name))
+        )
+        base = {"dtype": str(self.plugin.parameter_dtype), "sum": total}
+        check_adapter_base(base, saved, self.settings.data.pretrained)
+        return base
+
+    def _load_model(self, start: StartingPoint) -> Any:
+        config, dtype = self.inputs.config, self.plugin.parameter_dtype
+        weights, flag = self._find_weights(start)
+        if weights is None:
+            pretrained = self.settings.data.pretrained
+            log(f"--benchmark: {pretrained} has no weights; training random ones of its shape")
+            return random_causal_lm(config, dtype, self.settings.optimizer.seed)
+        return load_causal_lm(weights, flag, config, dtype)
+
+    def _find_weights(self, start: StartingPoint) -> tuple[str | None, str]:
+        """The weights that training starts with, and the flag that named them; None for random ones."""
+        if start.saved is not None and not self.settings.adaptation.lora_rank:
+            return str(start.saved.checkpoint / MODELING_DIRECTORY), "--load_checkpoint"
+        if start.stage_weights is not None:
+            return str(start.stage_weights), "--load_checkpoint"
+        pretrained = self.settings.data.pretrained
+        has_weights = not self.settings.output.benchmark or is_weights_directory(Path(pretrained))
+        return pretrained if has_weights else None, "--pretrained"
+
+    def _prepare_files_together(self, start: StartingPoint) -> ModelFiles | None:
+        """`prepare_files` on rank 0, the only one that returns any; the others hear how that went."""
+        files: ModelFiles | None = None
+        problems: list[list[str] | None] = [None]
+        if self.settings.output.benchmark:
+            return None
+        if dist.get_rank() == 0:
+            try:
+                files = self.prepare_files(start)
+            except UserError as error:
+                problems = [error.problems]
+            except Exception as error:  # the others wait
+                reason = f"{type(error).__name__}: {error}"
+                pretrained = self.settings.data.pretrained
+                problems = [[f"--pretrained {pretrained}: saving it was tried out, and failed ({reason})"]]
+        dist.broadcast_object_list(problems, src=0)
+        if problems[0]:
+            raise UserError(problems[0])
+        return files
+
+    def _resume(self, writer: CheckpointWriter, saved: SavedRun) -> TrainState:
+        state = writer.load(saved)
+        continue_at_same_row(
+            saved,
+            state,
+            self.plan.rows_per_step,
+            self.plan.total_steps,
+            len(self.inputs.dataset),
+            self.settings.optimizer.num_epochs,
+        )
+        log(f"Resumed from {saved.checkpoint}: step {state.step}, epoch {state.epoch}, row {state.position}")
+        warn_of_later_checkpoints(self.settings.output, state)
+        return state
+
+    def _open_metrics(
+        self, state: TrainState, record: RunRecord, start: StartingPoint, cleanup: contextlib.ExitStack
+    ) -> MetricsWriter | None:
+        output = self.settings.output
+        if dist.get_rank() != 0 or output.benchmark:
+            return None
+        write_json(output.config_file, record.to_json())
+        weights = start.stage_weights or Path(self.settings.data.pretrained)
+        metrics = MetricsWriter(output.tensorboard_dir, state.step, record.to_json(), weights)
+        cleanup.callback(metrics.close)
+        return metrics
+
+    # ------------------------------------------------------------------ the end
+
+    def _finish(self, writer: CheckpointWriter, metrics: MetricsWriter | None, loop: TrainingLoop) -> None:
+        final = _save_final_modeling(writer)
+        if metrics is not None:
+            metrics.close()
+            draw_curves(self.settings.output.tensorboard_dir)
+        log(loop.summary())
+        log(f"Model: {final}")
+
+    def _make_meter(self) -> ThroughputMeter:
+        return ThroughputMeter(warmup_steps=BENCHMARK_WARMUP_STEPS)
+
+    def _run_benchmark(self, loop: TrainingLoop) -> bool:
+        from colossalai.accelerator import get_accelerator
+
+        completed = loop.run()
+        assert loop.meter is not None
+        log(
+            loop.meter.report(
+                self.inputs.config,
+                self.plugin.compute_dtype,
+                self.plugin.layout.world_size,
+                torch.cuda.get_device_name() if self.plugin.on_gpu else "cpu",
+                get_accelerator().max_memory_allocated(),
+            )
+        )
+        return completed
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def _find_adapter(saved: SavedRun | None) -> Path | None:
+    """The adapters of a checkpoint: beside merged weights, or in their place."""
+    if saved is None:
+        return None
+    merged = (saved.checkpoint / ADAPTER_DIRECTORY).is_dir()
+    return saved.checkpoint / (ADAPTER_DIRECTORY if merged else MODELING_DIRECTORY)
+
+
+def _save_final_modeling(writer: CheckpointWriter) -> Path:
+    """`<save_dir>/modeling`; the last checkpoint has the same weights should this fail."""
+    try:
+        return writer.save_final_modeling()
+    except OSError as error:
+        last = list_checkpoints(writer.save_dir)[-1:]
+        where = f"; the same weights are in {last[0] / MODELING_DIRECTORY}" if last else ""
+        raise UserError(f"{error}{where}", exit_code=1) from None

@@ -1,0 +1,29 @@
+"""docs/development.md knows the rooms of the package, their order, and files that exist."""
+
+from __future__ import annotations
+
+import re
+
+from support import ROOT
+from test_structure import LAYERS
+
+PACKAGE = ROOT / "colossal_llama"
+TEXT = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+
+
+def test_rooms_are_listed_in_the_order_of_their_layers() -> None:
+    section = TEXT.partition("\n## Rooms\n")[2].partition("\nInside `training/`")[0]
+    listed = re.findall(r"^\| `(\w+)/` \|", section, flags=re.MULTILINE)
+    assert listed == [room for room in LAYERS if room in listed]
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms - set(listed) == set(), "a room is missing from docs/development.md"
+
+
+def test_files_and_directories_exist() -> None:
+    missing = []
+    for name in sorted(set(re.findall(r"`([\w/.]*/[\w/.]*)(?::\w+)?`", TEXT))):
+        starts = (PACKAGE, PACKAGE / "training", ROOT)
+        is_output = name.startswith(("arrow/", "jsonl/", "cache/", "modeling/"))
+        if not is_output and not any((start / name).exists() for start in starts):
+            missing.append(name)
+    assert missing == []
