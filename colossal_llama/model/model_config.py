@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colossal_llama.upstream.byte_order_marks import accept_byte_order_marks
 from colossal_llama.upstream.newer_model_config import adopt_earlier_names
 from colossal_llama.utils.console import warn
 from colossal_llama.utils.errors import UserError
@@ -101,20 +102,6 @@ def load_model_config(name: str, where: str, trust_remote_code: bool) -> Pretrai
 def outside_vocabulary(token_id: int | None, vocab_size: int | None) -> bool:
     """Whether a token id has no row in the embeddings."""
     return token_id is not None and vocab_size is not None and not 0 <= token_id < vocab_size
-
-
-def accept_byte_order_marks() -> None:
-    """Lets transformers read `config.json` and `generation_config.json` that begin with one.
-
-    It reports the first as damaged, and silently does without the second.
-    """
-    from transformers import GenerationConfig, PretrainedConfig
-
-    def read(cls: type, json_file: str) -> Any:
-        return json.loads(Path(json_file).read_text(encoding="utf-8-sig"))
-
-    for configuration in (PretrainedConfig, GenerationConfig):
-        configuration._dict_from_json_file = classmethod(read)
 
 
 def find_model_file(name: str, file_name: str) -> Path | None:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from canaries import StillBroken, canary, expect_right
+from canaries import StillBroken, canary, expect_right, run_python
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from colossal_llama.training.llama.attention import install_attention
+from colossal_llama.upstream.byte_order_marks import accept_byte_order_marks
 from colossal_llama.upstream.newer_model_config import adopt_earlier_names
 
 TINY = {
@@ -39,6 +40,31 @@ def test_a_configuration_of_transformers_5_keeps_its_rotary_base() -> None:
 def test_earlier_names_keep_the_rotary_base() -> None:
     config = adopt_earlier_names(LlamaConfig.from_dict(NEWER))
     assert (config.rope_theta, config.rope_scaling, config.torch_dtype) == (5e5, None, torch.bfloat16)
+
+
+READS_A_MARK = """
+import sys
+from transformers import LlamaConfig
+try:
+    print("right" if LlamaConfig.from_pretrained(sys.argv[1]).vocab_size == 7 else "another value")
+except OSError as error:
+    print(str(error).replace("\\n", " "))
+"""
+
+
+@canary("transformers 4.51.3: byte_order_marks")
+def test_a_configuration_may_begin_with_a_byte_order_mark(tmp_path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"vocab_size": 7}).encode())
+    code = READS_A_MARK.replace("sys.argv[1]", repr(str(tmp_path)))
+    expect_right(run_python(code), "not a valid JSON file")
+
+
+def test_both_configurations_are_read_with_a_byte_order_mark(tmp_path) -> None:
+    accept_byte_order_marks()
+    for name, content in (("config.json", {"vocab_size": 7}), ("generation_config.json", {"top_k": 7})):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    assert LlamaConfig.from_pretrained(tmp_path).vocab_size == 7
+    assert GenerationConfig.from_pretrained(tmp_path).top_k == 7
 
 
 @canary("transformers 4.51.3: checkpoints would fail after a day of training")
@@ -70,14 +96,14 @@ def test_a_saved_tokenizer_is_the_same(llama2_tokenizer_dir, tmp_path) -> None:
         raise StillBroken
 
 
-@canary("transformers 4.51.3: dataset/conversation.py adds special tokens by their ids")
+@canary("transformers 4.51.3: conversation/template.py adds special tokens by their ids")
 def test_a_llama3_tokenizer_adds_no_bos_that_was_declined(llama3_tokenizer_dir) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama3_tokenizer_dir, add_bos_token=False)
     if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
         raise StillBroken
 
 
-@canary("tokenizers 0.21.4: dataset/tokenization.py goes by the end of a token")
+@canary("tokenizers 0.21.4: dataset/encoders/pretraining.py goes by the end of a token")
 def test_offsets_do_not_overlap(llama2_tokenizer_dir) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama2_tokenizer_dir, use_fast=True)
     offsets = tokenizer("\n a", add_special_tokens=False, return_offsets_mapping=True).offset_mapping

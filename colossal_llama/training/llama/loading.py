@@ -11,13 +11,13 @@ import torch
 
 from colossal_llama.model.model_config import (
     GENERATION_CONFIG_FILE,
-    accept_byte_order_marks,
     find_model_file,
     load_model_config,
     outside_vocabulary,
 )
 from colossal_llama.model.weight_files import check_index
 from colossal_llama.tokenizer.loading import load_pretrained_tokenizer
+from colossal_llama.upstream.byte_order_marks import accept_byte_order_marks
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.messages import cap_problems, first_line
 

@@ -5,8 +5,9 @@ A new one is a class that derives from `Plugin` (`base.py`) in a file of its own
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from colossal_llama.utils.registry import look_up
 
 if TYPE_CHECKING:
     from colossal_llama.training.plugins.base import Plugin
@@ -24,5 +25,4 @@ PLUGINS = {
 
 def find_plugin(name: str) -> type[Plugin]:
     """The class of a plugin."""
-    module, _, class_name = PLUGINS[name].partition(":")
-    return getattr(importlib.import_module(module), class_name)
+    return look_up(PLUGINS, name)
