@@ -34,6 +34,7 @@ SFT = "prepare_sft_dataset.py"
 def cluster() -> Iterator[Any]:
     """A head and a second node with one CPU each."""
     temp_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets need short names
+    Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes its address, whatever its temp_dir is
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
