@@ -8,19 +8,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# That users run and that have a `--help` page.
-SCRIPTS = [
-    "colossal_llama/tokenizer/learn_pieces.py",
-    "colossal_llama/tokenizer/init_tokenizer.py",
-    "colossal_llama/tokenizer/compare_tokenizers.py",
-    "colossal_llama/model/init_model.py",
-    "prepare_pretrain_dataset.py",
-    "prepare_sft_dataset.py",
-    "train.py",
-    "inference_example.py",
-    "examples/make_base_model.py",
-]
-
 LLAMA3_SPECIAL_TOKENS = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
