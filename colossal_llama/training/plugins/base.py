@@ -21,9 +21,9 @@ from torch import nn
 
 from colossal_llama.model.dtypes import torch_dtype
 from colossal_llama.training.layout import Layout
-from colossal_llama.training.llama.attention import has_flash_attn
 from colossal_llama.training.llama.embedding_noise import EmbeddingNoise
-from colossal_llama.training.memory import FP32_BYTES, ParameterCounts, count_held_parameters
+from colossal_llama.training.llama.flash import FlashKernel, find_flash_kernel, why_no_flash
+from colossal_llama.training.memory import FP32_BYTES, ParameterCounts, count_held_parameters, head_size
 from colossal_llama.training.settings import RunSettings
 from colossal_llama.upstream.loss_scale import BackwardLossScale
 
@@ -118,13 +118,7 @@ class Plugin(ABC):
 
     def model_conflicts(self, config: LlamaConfig) -> list[str]:
         """What shows only beside the model's configuration, the number of processes or the machine."""
-        problems = []
-        if self.settings.layout.use_flash_attn and torch.cuda.is_available() and not has_flash_attn():
-            problems.append(
-                "--use_flash_attn: the package flash-attn cannot be imported; install it (the README has the "
-                "command), or leave the flag out: torch's attention computes the same"
-            )
-        return [*problems, *self.layout.problems(config)]
+        return self.layout.problems(config)
 
     def doubts(self) -> list[str]:
         """What is no error, but worth a warning."""
@@ -183,7 +177,6 @@ class Plugin(ABC):
             else torch.device("cpu")
         )
         self.max_norm = self.settings.optimizer.grad_clip or NO_CLIPPING
-        self.use_flash = self.asks_for_flash and has_flash_attn()
         self.dp_rank = dist.get_rank()
         self.tensor_group: Any = None
         self.booster_plugin = self.make_booster_plugin()
@@ -199,12 +192,30 @@ class Plugin(ABC):
     def make_booster_plugin(self) -> Any:
         """colossalai's plugin, with the settings of this run."""
 
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW over the parameters that train."""
-        if self.on_gpu:
-            from colossalai.nn.optimizer import HybridAdam
+    def choose_attention(self, config: LlamaConfig) -> None:
+        """Finds the kernel for `--use_flash_attn`; `flash_problems` says why it is not the first choice."""
+        self.flash: FlashKernel | None = None
+        self.flash_problems: tuple[str, ...] = ()
+        if not self.asks_for_flash or not self.on_gpu:
+            return
+        reason = why_no_flash(torch.cuda.get_device_capability(), head_size(config))
+        if reason is not None:
+            self.flash_problems = (reason,)
+            return
+        parts = self.layout.tp * self.layout.sp
+        self.flash, self.flash_problems = find_flash_kernel(
+            config.num_attention_heads // parts,
+            config.num_key_value_heads // parts,
+            head_size(config),
+            self.compute_dtype,
+            self.device,
+            self.settings.optimizer.deterministic,
+        )
 
-            return HybridAdam(parameters, adamw_mode=True, **self.adam_settings)
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW over the parameters that train: torch's own on every device. Those of colossalai are compiled
+        at their first use, which needs nvcc.
+        """
         return torch.optim.AdamW(parameters, fused=True, **self.adam_settings)
 
     @property
@@ -224,6 +235,7 @@ class Plugin(ABC):
 
         self.causal_lm, self.peft_model = causal_lm, model
         self.embedding_noise = noise
+        self.choose_attention(causal_lm.config)
         if self.layout.use_grad_checkpoint:
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
             if self.settings.adaptation.lora_rank:
@@ -234,7 +246,7 @@ class Plugin(ABC):
         self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
         install_forwards(
             causal_lm,
-            self.use_flash,
+            self.flash,
             ulysses_group=self.ulysses_group,
             vocabulary_group=self.tensor_group,
             pipeline_arguments=self.pipeline_arguments(),

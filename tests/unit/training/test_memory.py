@@ -159,7 +159,7 @@ def saved_bytes(config: LlamaConfig, use_flash: bool, dtype: torch.dtype, autoca
     for num_layers in (1, 2):
         config.num_hidden_layers = num_layers
         model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").to(dtype).model
-        install_attention(model, use_flash=False)
+        install_attention(model)
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         storages: dict[int, int] = {}
         kept = []
