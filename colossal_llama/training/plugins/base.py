@@ -9,6 +9,7 @@ its optimizer state lives.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from colossal_llama.training.llama.flash import FlashKernel, find_flash_kernel, 
 from colossal_llama.training.memory import FP32_BYTES, ParameterCounts, count_held_parameters, head_size
 from colossal_llama.training.settings import RunSettings
 from colossal_llama.upstream.loss_scale import BackwardLossScale
+from colossal_llama.upstream.packed_attention import find_packed_attention
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -35,6 +37,8 @@ ADAM_EPS = 1e-8
 # Plugins compute the gradient norm only where they clip; with no clipping asked for, this bound never acts.
 NO_CLIPPING = 1e30
 INITIAL_LOSS_SCALE = 2.0**16
+# NVIDIA's GPUs from Ampere on.
+BF16_CAPABILITY = (8, 0)
 
 Batch = dict[str, torch.Tensor]
 # Name of a part of a step -> the context that times it.
@@ -124,6 +128,21 @@ class Plugin(ABC):
         """What is no error, but worth a warning."""
         return []
 
+    def gpu_doubts(self, config: LlamaConfig) -> list[str]:
+        """What this machine's GPU does slowly; nothing where there is none."""
+        if not torch.cuda.is_available():
+            return []
+        capability, doubts = torch.cuda.get_device_capability(), []
+        if self.compute_dtype == torch.bfloat16 and capability < BF16_CAPABILITY:
+            found, needed = (".".join(map(str, each)) for each in (capability, BF16_CAPABILITY))
+            doubts.append(
+                f"--mixed_precision bf16: this GPU has compute capability {found}; bf16 is emulated below "
+                f"{needed}, slowly; use fp16"
+            )
+        if self.asks_for_flash and (reason := why_no_flash(capability, head_size(config))):
+            doubts.append(f"--use_flash_attn: {reason}; torch's attention computes the same, slowly")
+        return doubts
+
     def describe_layout(self) -> str:
         """For tables: the plugin, and the sizes that it uses."""
         return self.name
@@ -142,6 +161,19 @@ class Plugin(ABC):
     def asks_for_flash(self) -> bool:
         """Whether flash attention was asked for, in a precision that it knows."""
         return self.layout.use_flash_attn and self.layout.mixed_precision != "fp32"
+
+    def expects_flash(self, config: LlamaConfig) -> bool:
+        """Whether a run will have flash attention: where the GPU is not this machine's, it is taken to."""
+        if not self.asks_for_flash or not torch.cuda.is_available():
+            return self.asks_for_flash
+        return why_no_flash(torch.cuda.get_device_capability(), head_size(config)) is None
+
+    @property
+    def flash_repeats_keys(self) -> bool:
+        """Whether keys and values are repeated for grouped queries, as torch's own kernel may need."""
+        if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is not None:
+            return False
+        return find_packed_attention().repeats_keys
 
     @property
     def compute_dtype(self) -> torch.dtype:
