@@ -184,8 +184,8 @@ def _format_memory(plan: RunPlan, plugin: Plugin) -> str:
         if any(values) and part.name in ("host", "pinned"):
             rows.append([part.metadata["label"], *(f"{value:,.2f}" for value in values)])
     notes = [
-        "Counted tensor by tensor (after Korthikanti et al. 2022); CUDA itself (about half a GiB), workspaces,",
-        "NCCL's buffers and fragmentation come on top: leave a tenth of the device free.",
+        "Counted tensor by tensor (after Korthikanti et al. 2022); CUDA itself (about half a GiB), its",
+        "workspaces, NCCL's buffers and fragmentation come on top: leave a tenth of the device free.",
     ]
     if any(estimate.step_copies for estimate in plan.memory):
         notes.append(
