@@ -1,4 +1,4 @@
-"""Runs the parts of `run.sh` case by case, each part within its time; results are on disk after every case."""
+"""Runs the parts of `run.sh` case by case, each part within its time; results are on disk after each case."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,8 @@ class Bench:
     Attributes:
         toy: tiny shapes, and the CPU in place of a GPU.
         output: the results file, Markdown; beside it, with `.json` in its name, the same for programs.
+        environment: what commands get besides.
+        nvcc_mark: a file that is there once something has called nvcc; see `remove_nvcc`.
     """
 
     work: Path
@@ -87,6 +90,7 @@ class Bench:
     toy: bool = False
     results: list[Result] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    nvcc_mark: Path | None = None
     deadline: float = float("inf")
 
     def run_parts(self, parts: Sequence[Part], seconds: float) -> bool:
@@ -102,6 +106,21 @@ class Bench:
                 self.write()
         self.write()
         return not any(result.status in (FAILED, LATE, NOT_RUN) for result in self.results)
+
+    def remove_nvcc(self) -> None:
+        """Commands find an nvcc that fails and leaves a mark, no CUDA_HOME, and a `python` in any case."""
+        self.nvcc_mark, bin_dir = self.work / "nvcc_was_called", self.work / "bin"
+        bin_dir.mkdir(exist_ok=True)
+        commands = {
+            "nvcc": f"touch {shlex.quote(str(self.nvcc_mark))}; exit 1",
+            "python": f'exec {shlex.quote(sys.executable)} "$@"',
+        }
+        for name, line in commands.items():
+            (bin_dir / name).write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+            (bin_dir / name).chmod(0o755)
+        self.environment["PATH"] = f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"
+        for name in ("CUDA_HOME", "CUDA_PATH"):
+            self.environment[name] = str(self.work / "no_cuda_home")
 
     def _cases_of(self, part: Part) -> Iterator[Case]:
         """A part whose preparation fails is a case that fails."""
@@ -163,6 +182,9 @@ class Bench:
         said = log.read_text(encoding="utf-8", errors="replace")
         if code is None:
             raise TimeIsUp("stopped at the time limit of this part", said[-TAIL_CHARACTERS:])
+        if self.nvcc_mark is not None and self.nvcc_mark.exists():
+            self.nvcc_mark.unlink()
+            raise Failed("nvcc was called", said[-TAIL_CHARACTERS:])
         if code:
             raise Failed(f"exit code {code}: {last_words(said)}", said[-TAIL_CHARACTERS:])
         return said

@@ -37,7 +37,9 @@ def main() -> int:
     output = args.output or Path(f"gpu_results_{datetime.date.today().isoformat()}.md")
     work = Path(tempfile.mkdtemp(prefix="gpu-first-run-"))
     try:
-        right = Bench(work, output.absolute(), args.toy).run_parts(chosen, args.seconds)
+        bench = Bench(work, output.absolute(), args.toy)
+        bench.remove_nvcc()
+        right = bench.run_parts(chosen, args.seconds)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"Results: {output}")

@@ -174,15 +174,7 @@ def layouts(bench: Bench) -> Iterator[tuple[str, list[object], int]]:
 
 
 def install(bench: Bench) -> Iterator[Case]:
-    """No nvcc: one that is called leaves a mark. Later parts have none either."""
-    mark, bin_dir = bench.work / "nvcc_was_called", bench.work / "bin"
-    bin_dir.mkdir(exist_ok=True)
-    nvcc = bin_dir / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\ntouch '{mark}'\nexit 1\n", encoding="utf-8")
-    nvcc.chmod(0o755)
-    bench.environment["PATH"] = f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        bench.environment[name] = str(bench.work / "no_cuda_home")
+    """What is there, and that nothing is compiled by nvcc; `Bench.command` fails for that in every part."""
 
     def packages() -> str:
         missing = [name for name in IMPORTS if importlib.util.find_spec(name) is None]
@@ -196,9 +188,6 @@ def install(bench: Bench) -> Iterator[Case]:
 
     def two_steps(plugin: str) -> str:
         metrics, said = train(bench, f"install {plugin}", ["--plugin", plugin], steps=2)
-        if mark.exists():
-            mark.unlink()
-            raise Failed("nvcc was called", said[-2000:])
         kernels = next((line for line in said.splitlines() if line.startswith("Device ")), "")
         return f"loss {losses(metrics)[-1]:.4f}; {kernels}"
 

@@ -109,6 +109,15 @@ def test_a_preparation_that_fails_is_a_case(bench: Bench) -> None:
     assert statuses(bench) == {"preparation": FAILED, "runs": OK}
 
 
+def test_a_call_of_nvcc_is_a_failure(bench: Bench) -> None:
+    bench.remove_nvcc()
+    cases = [("compiles", shell(bench, "nvcc --version || true")), ("does not", shell(bench, "python -V"))]
+    assert not bench.run_parts([part_of("install", *cases)], 60)
+    assert statuses(bench) == {"compiles": FAILED, "does not": OK}
+    assert bench.results[0].detail == "nvcc was called"
+    assert "no_cuda_home" in shell(bench, "echo $CUDA_HOME")()
+
+
 def test_results_are_there_before_the_end(bench: Bench) -> None:
     seen = []
 

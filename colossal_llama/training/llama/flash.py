@@ -166,7 +166,7 @@ def _try_out(
         expected = [output, *torch.autograd.grad(output, plain, weight.float())]
     for ours, wanted in zip(found, expected, strict=True):
         if not torch.allclose(ours.float(), wanted, rtol=TOLERANCE, atol=TOLERANCE):
-            worst = float((ours.float() - wanted).abs().max())
+            worst = float((ours.detach().float() - wanted.detach()).abs().max())
             raise RuntimeError(f"its values differ from plain attention's by {worst:.2g}")
 
 
