@@ -128,6 +128,7 @@ def steps_of(flags: list[str], stop: Any) -> dict[str, Any]:
         "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
         "fused": all(group["fused"] for group in optimizer.param_groups),
         "races": recorder.races,
+        "nondeterministic": sorted(recorder.nondeterministic),
         "streams": len(recorder.streams),
         "kernels": describe_kernels(run.plugin),
         "problems": list(run.plugin.flash_problems),

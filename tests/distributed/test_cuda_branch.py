@@ -69,7 +69,9 @@ def test_flash_attention_gives_the_losses_of_plain_attention(name: str, outcomes
 
 @pytest.mark.parametrize("name", PLUGIN_CASES)
 def test_deterministic_reaches_the_kernel(name: str, outcomes: dict[str, Any]) -> None:
-    assert outcome_of(name, outcomes)["deterministic"] == [True]
+    outcome = outcome_of(name, outcomes)
+    assert outcome["deterministic"] == [True]
+    assert outcome["nondeterministic"] == []
 
 
 @pytest.mark.parametrize("name", PLUGIN_CASES)

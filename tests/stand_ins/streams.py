@@ -20,6 +20,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _numbers = itertools.count()
+# By torch's list (see its `use_deterministic_algorithms`), of what a language model could use.
+NOT_DETERMINISTIC = {
+    *("nll_loss2d_forward", "nll_loss2d_backward", "histc", "kthvalue", "median", "nanmedian", "put_", "put"),
+    *("_embedding_bag", "index_reduce", "scatter_reduce", "_ctc_loss", "max_pool3d_with_indices_backward"),
+}
+NOT_DETERMINISTIC_IN_FLOAT = {"cumsum", "cumsum_", "bincount"}
 
 
 class Stream:
@@ -96,12 +102,14 @@ class Recorder(TorchDispatchMode):
     Attributes:
         races: sentences, one for each pair of operations that nothing orders.
         streams: those that were used.
+        nondeterministic: operations that raise on a GPU under `torch.use_deterministic_algorithms`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.main = self.current = Stream()
         self.races: list[str] = []
+        self.nondeterministic: set[str] = set()
         self.host: dict[int, int] = {}
         self._count = 0
         self._memory: dict[int, Memory] = {}
@@ -125,6 +133,10 @@ class Recorder(TorchDispatchMode):
         reads, writes = _accesses(func, args, kwargs)
         result = func(*args, **kwargs)
         name = str(func)
+        operation = name.removeprefix("aten.").partition(".")[0]
+        is_float = any(tensor.is_floating_point() for tensor in reads)
+        if operation in NOT_DETERMINISTIC or (operation in NOT_DETERMINISTIC_IN_FLOAT and is_float):
+            self.nondeterministic.add(name)
         results = [tensor for tensor in pytree.tree_leaves(result) if isinstance(tensor, torch.Tensor)]
         # A view of an argument is no access; a new tensor is one.
         known = {_key(tensor) for tensor in (*reads, *writes)}

@@ -76,6 +76,13 @@ def test_an_event_orders_what_came_before_it_alone(recorder):
     assert len(recorder.races) == 1
 
 
+def test_operations_that_raise_under_deterministic_algorithms(recorder):
+    torch.ones(4, dtype=torch.int64).cumsum(0)
+    assert recorder.nondeterministic == set()
+    torch.ones(4).cumsum(0)
+    assert recorder.nondeterministic == {"aten.cumsum.default"}
+
+
 def test_reading_on_both_streams_is_no_race(recorder):
     from colossalai.accelerator import get_accelerator
 

@@ -225,15 +225,13 @@ class Plugin(ABC):
         """colossalai's plugin, with the settings of this run."""
 
     def choose_attention(self, config: LlamaConfig) -> None:
-        """Finds the kernel for `--use_flash_attn`; `flash_problems` says why it is not the first choice."""
+        """Finds the kernel for `--use_flash_attn`; `flash_problems`: of the kernels that come before it."""
         self.flash: FlashKernel | None = None
         self.flash_problems: tuple[str, ...] = ()
         if not self.asks_for_flash or not self.on_gpu:
             return
-        reason = why_no_flash(torch.cuda.get_device_capability(), head_size(config))
-        if reason is not None:
-            self.flash_problems = (reason,)
-            return
+        if why_no_flash(torch.cuda.get_device_capability(), head_size(config)) is not None:
+            return  # the plan has warned
         parts = self.layout.tp * self.layout.sp
         self.flash, self.flash_problems = find_flash_kernel(
             config.num_attention_heads // parts,
