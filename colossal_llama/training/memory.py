@@ -8,6 +8,7 @@ et al. 2020 (arXiv:1910.02054) and what colossalai's optimizers hold; each plugi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -160,36 +161,24 @@ class MemoryEstimate:
 def estimate_memory(plugin: Plugin, config: LlamaConfig, stage: int = 0) -> MemoryEstimate:
     """Memory of a process of pipeline stage `stage`, at its fullest."""
     counts = plugin.count_held_parameters(config, stage)
-    states = plugin.estimate_states(counts)
     return MemoryEstimate(
-        **{"pinned": estimate_save_copies(plugin, counts, states), **states},
+        **plugin.estimate_states(counts),
+        pinned=estimate_save_copies(plugin, counts),
         activations=_estimate_activations(plugin, config, stage),
         loss=_estimate_loss(plugin, config) if stage == plugin.layout.pp - 1 else 0,
     )
 
 
-def pinned_bytes(num_bytes: int) -> int:
-    """What torch takes for a block of pinned memory: the next power of two.
-
-    >>> [pinned_bytes(n) for n in (0, 1, 4096, 4097)]
-    [0, 1, 4096, 8192]
-    """
-    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
-
-
-def estimate_save_copies(plugin: Plugin, counts: ParameterCounts, states: dict[str, int]) -> int:
-    """Bytes of the copies that training goes on beside: this process's share of weights and optimizer.
+def estimate_save_copies(plugin: Plugin, counts: ParameterCounts) -> int:
+    """Bytes of the copies that a background save writes: this process's share of optimizer and weights.
 
     Blocks of pinned memory are powers of two: up to twice as much, on average half as much again.
     """
-    if not plugin.settings.output.async_save or not plugin.saves_by_parameter:
+    if not plugin.settings.output.async_save:
         return 0
-    optimizer = states.get("master_weights", 0) + states.get("moments", 0)
-    if "host" in states:  # masters and moments of three fp32 numbers each, and a gradient
-        optimizer = states["host"] * (FP32_BYTES + MOMENT_BYTES) // (2 * FP32_BYTES + MOMENT_BYTES)
-    if plugin.autocasts:
-        optimizer += FP32_BYTES * counts.trainable
     replicas = max(1, plugin.layout.world_size // (plugin.layout.tp * plugin.layout.pp))
+    slices = replicas if plugin.slices_optimizer else 1
+    optimizer = (FP32_BYTES + MOMENT_BYTES) * counts.trainable // slices
     return (optimizer + plugin.parameter_bytes * counts.total // replicas) * 3 // 2
 
 
@@ -224,6 +213,15 @@ def estimate_sliced_states(
         "communication": value * (2 * bucket + -(-bucket // shards)),
         **({"host": sum(on_device.values())} if offloads else on_device),
     }
+
+
+def pinned_bytes(sizes: Iterable[int]) -> int:
+    """Pinned host memory for blocks of `sizes` bytes: torch rounds each up to a power of two.
+
+    >>> pinned_bytes([4, 5])
+    12
+    """
+    return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 def activation_bytes_per_token(plugin: Plugin, config: LlamaConfig) -> int:

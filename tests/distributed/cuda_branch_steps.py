@@ -125,7 +125,7 @@ def steps_of(flags: list[str], stop: Any) -> dict[str, Any]:
     return {
         "losses": [record["loss"] for record in records],
         "norms": [record["grad_norm"] for record in records],
-        "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
+        "is_torchs": isinstance(optimizer, torch.optim.AdamW),
         "fused": all(group["fused"] for group in optimizer.param_groups),
         "races": recorder.races,
         "nondeterministic": sorted(recorder.nondeterministic),

@@ -48,7 +48,7 @@ def test_nothing_can_be_compiled_there(outcomes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", PLUGIN_CASES)
 def test_a_plugin_steps_with_torchs_optimizer(name: str, outcomes: dict[str, Any]) -> None:
     outcome = outcome_of(name, outcomes)
-    assert outcome["optimizer"] == "torch.optim.adamw.AdamW"
+    assert outcome["is_torchs"]
     assert outcome["fused"]
 
 

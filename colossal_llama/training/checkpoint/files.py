@@ -143,7 +143,7 @@ class CopyBuffers:
 
 def copy_bytes(tensor: torch.Tensor) -> int:
     """Memory that the copy of a tensor takes: torch's blocks of pinned memory are powers of two."""
-    return pinned_bytes(tensor.nbytes) if tensor.is_cuda else tensor.nbytes
+    return pinned_bytes([tensor.nbytes]) if tensor.is_cuda else tensor.nbytes
 
 
 def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
