@@ -129,9 +129,13 @@ class Recorder(TorchDispatchMode):
             _merge(self.host, stream.known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if kwargs.get("pin_memory"):  # there is none without a GPU
+            kwargs["pin_memory"] = False
         reads, writes = _accesses(func, args, kwargs)
-        result = func(*args, **kwargs)
+        # A subclass of tensors would make results its own, which it does not where nobody listens.
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
         name = str(func)
         operation = name.removeprefix("aten.").partition(".")[0]
         is_float = any(tensor.is_floating_point() for tensor in reads)
@@ -236,8 +240,8 @@ def recorded_streams() -> Iterator[Recorder]:
         def set_stream(self, stream: Stream) -> None:
             _recorder().enter(stream)
 
-        def stream(self, stream: Stream) -> Stream:
-            return stream
+        def stream(self, stream: Stream | None) -> contextlib.AbstractContextManager:
+            return contextlib.nullcontext() if stream is None else stream
 
         def synchronize(self, device: Any = None) -> None:
             _recorder().synchronize()
