@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -26,6 +27,7 @@ PACKAGES = (
 )
 # Of a failing command's output, what the results file has.
 TAIL_CHARACTERS = 3000
+CUDA_FACT = "torch's CUDA, found, GPUs"
 OK, FAILED, LATE, SKIPPED, NOT_RUN = "ok", "FAILED", "TIME LIMIT", "skipped", "not run: no time left"
 
 
@@ -192,7 +194,7 @@ class Bench:
     # ------------------------------------------------------------------ the results file
 
     def write(self) -> None:
-        data = {"environment": self.facts(), "toy": self.toy, "results": [asdict(r) for r in self.results]}
+        data = {"environment": self.facts, "toy": self.toy, "results": [asdict(r) for r in self.results]}
         self.output.parent.mkdir(parents=True, exist_ok=True)
         aside = self.output.with_suffix(".unfinished")
         aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -200,10 +202,13 @@ class Bench:
         aside.write_text("\n".join(self._markdown()) + "\n", encoding="utf-8")
         aside.replace(self.output)
 
+    @functools.cached_property
     def facts(self) -> dict[str, str]:
-        if not hasattr(self, "_facts"):
-            self._facts = machine_facts()
-        return self._facts
+        return machine_facts()
+
+    @functools.cached_property
+    def num_gpus(self) -> int:
+        return int(self.facts[CUDA_FACT].split()[-1])
 
     def _markdown(self) -> Iterator[str]:
         counts = {status: sum(result.status == status for result in self.results) for status in (OK, FAILED)}
@@ -215,7 +220,7 @@ class Bench:
         yield ""
         yield "| machine | |"
         yield "| --- | --- |"
-        for name, value in self.facts().items():
+        for name, value in self.facts.items():
             yield f"| {name} | {_cell(value)} |"
         yield ""
         yield "| part | case | result | s | |"
@@ -259,7 +264,7 @@ def machine_facts() -> dict[str, str]:
         facts["GPUs"] = "no nvidia-smi"
     code = "import torch; print(torch.version.cuda, torch.cuda.is_available(), torch.cuda.device_count())"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    facts["torch's CUDA, found, GPUs"] = answer.stdout.strip() or answer.stderr.strip()[-200:]
+    facts[CUDA_FACT] = answer.stdout.strip() or answer.stderr.strip()[-200:]
     facts["CPU cores"] = str(len(os.sched_getaffinity(0)))
     for name in sorted(os.environ):
         if name.startswith(("NCCL_", "CUDA_", "TORCH_", "PYTORCH_")):

@@ -53,13 +53,6 @@ def parts() -> list[Part]:
 # ---------------------------------------------------------------------- what the parts share
 
 
-def num_gpus(bench: Bench) -> int:
-    if not hasattr(bench, "num_gpus"):
-        code = "import torch; print(torch.cuda.device_count())"
-        bench.num_gpus = int(bench.command([sys.executable, "-c", code]).split()[-1])  # type: ignore[attr-defined]
-    return bench.num_gpus  # type: ignore[attr-defined]
-
-
 def make_inputs(bench: Bench, large: bool = False) -> tuple[Path, Path]:
     """(model, prepared data), made once."""
     directory = bench.work / ("large_inputs" if large else "inputs")
@@ -159,7 +152,7 @@ def compare(found: list[float], expected: list[float], what: str = "the CPU's") 
 
 def layouts(bench: Bench) -> Iterator[tuple[str, list[object], int]]:
     """(name, flags, processes) for the GPUs that are there."""
-    processes = 1 if bench.toy else min(2, num_gpus(bench))
+    processes = 1 if bench.toy else min(2, bench.num_gpus)
     for plugin in PLUGINS:
         yield f"{plugin} x{processes}", ["--plugin", plugin], processes
     if processes == 2:

@@ -125,7 +125,7 @@ def why_no_flash(capability: tuple[int, int], head_size: int) -> str | None:
 def find_flash_kernel(
     heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: torch.device, deterministic: bool
 ) -> tuple[FlashKernel | None, tuple[str, ...]]:
-    """The first kernel that is right on this device for such a model, and what those before it did."""
+    """The first kernel that is right on this device for such a model, and why none before it is used."""
     reasons = []
     for name, make in FLASH_KERNELS.items():
         try:
