@@ -1,8 +1,8 @@
 """Merges models into their weighted mean: of one vocabulary, or of a base and models of one extension of it.
 
-An old row of the embeddings is the mean over all models, a new one over those that have it. The mean of a base
-and a model that was trained further forgets less than the trained one, and learned less: compare_models.py shows
-both. Tokenizer and settings are those of the last model with the largest vocabulary.
+An old row of the embeddings is the mean over all models, a new one over those that have it. The mean of a
+base and a model that was trained further forgets less than the trained one, and learned less. Tokenizer and
+settings are those of the last model with the largest vocabulary.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MergeSettings:
     )
     weights: list[float] | None = flag(
         None,
-        "comma list of a positive number for each model, in their order; their ratios count (default: all equal)",
+        "comma list of a positive number for each model; only their ratios count (default: all equal)",
         type=_weight_list,
     )
     output_dir: Path = flag(
@@ -55,7 +55,7 @@ class MergeSettings:
     )
     dtype: str = flag(
         "source",
-        "dtype of the weights written; source keeps every tensor's own, which has to be the same in all models",
+        "dtype of the weights written; source keeps every tensor's own, the same in all models",
         choices=("source", "bf16", "fp16", "fp32"),
     )
     overwrite: bool = flag(

@@ -1,7 +1,7 @@
 """The weighted mean of models, a tensor at a time.
 
-Every tensor but the embeddings is the mean over all models. A row of the embeddings is the mean over the models
-that have its token, with their weights scaled to a sum of 1:
+Every tensor but the embeddings is the mean over all models. A row of the embeddings is the mean over the
+models that have its token, with their weights scaled to a sum of 1:
 
     base, 3 tokens   weight 1      a1 b1 c1
     extended, 5      weight 3      a2 b2 c2 d2 e2
@@ -103,8 +103,8 @@ def open_model(directory: Path, weight: float) -> MergedModel:
     tokens = token_table(read_tokenizer_files(directory, "--models"))
     if max(tokens) >= rows:
         raise UserError(
-            f"--models {directory}: its tokenizer has ids up to {max(tokens):,}, its embeddings {rows:,} rows; "
-            "give a model with its own tokenizer"
+            f"--models {directory}: its tokenizer has ids up to {max(tokens):,}, its embeddings {rows:,} "
+            "rows; give a model with its own tokenizer"
         )
     return MergedModel(directory, weight, config, tokens, layout, rows)
 
@@ -133,8 +133,8 @@ def find_differences(models: Sequence[MergedModel], widest: MergedModel) -> list
                 "models of one vocabulary, or a base and models of one extension of it"
             )
         problems += [
-            f"{where}: {name} is {model.config.get(name)!r}, in {widest.directory} {widest.config.get(name)!r}; "
-            "only models of one configuration have a mean"
+            f"{where}: {name} is {model.config.get(name)!r}, in {widest.directory} "
+            f"{widest.config.get(name)!r}; only models of one configuration have a mean"
             for name in sorted({*model.config, *widest.config} - _FREE_SETTINGS)
             if model.config.get(name) != widest.config.get(name)
         ]
@@ -153,7 +153,8 @@ def _find_other_tensors(model: MergedModel, widest: MergedModel, where: str) -> 
         first = 1 if name in (EMBEDDING, OUTPUT_HEAD) else 0
         if not is_float(tensor.dtype):
             problems.append(
-                f"{where}: {name} is {tensor.dtype}; fp32, fp16 or bf16 is needed, so merge before quantization"
+                f"{where}: {name} is {tensor.dtype}; fp32, fp16 or bf16 is needed, so merge before "
+                "quantization"
             )
         elif tensor.shape[first:] != other.shape[first:]:
             problems.append(
@@ -263,15 +264,15 @@ class Merger:
                 converted = mean.to(torch_dtype(tensor.dtype))
                 if not all_finite(converted):
                     raise UserError(
-                        f"{tensor.name}: its mean is not finite in {tensor.dtype}: a model holds such values, or "
-                        "--dtype is too small for them"
+                        f"{tensor.name}: its mean is not finite in {tensor.dtype}: a model holds such "
+                        "values, or --dtype is too small for them"
                     )
                 write_tensor(converted, output)
 
     def _mean(self, name: str, start: int, stop: int, numbers: Sequence[int]) -> torch.Tensor:
         """The weighted mean of some elements in fp32: [stop - start].
 
-        As the first model's values plus weighted differences to them, so equal models have exactly their mean.
+        As the first model's values plus weighted differences to them: equal models are their own mean.
         """
         total = sum(self.models[number].weight for number in numbers)
         first, *others = numbers
