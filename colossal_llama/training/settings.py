@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama.training.adaptation import AdaptationSettings
+from colossal_llama.training.costs import CostSettings
 from colossal_llama.training.layout import LayoutSettings
 from colossal_llama.utils.arguments import (
     MAX_ROW_TOKENS,
@@ -158,10 +159,11 @@ class RunSettings:
     optimizer: OptimizerSettings
     adaptation: AdaptationSettings
     output: OutputSettings
+    costs: CostSettings
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        return (self.data, self.layout, self.optimizer, self.adaptation, self.output)
+        return (self.data, self.layout, self.optimizer, self.adaptation, self.output, self.costs)
 
     def as_json(self) -> Mapping[str, Any]:
         """The values of all flags by name, as the record of a run has them."""
@@ -179,4 +181,5 @@ TITLES: dict[str, tuple[type, str]] = {
     "optimizer": (OptimizerSettings, "optimization"),
     "adaptation": (AdaptationSettings, "what trains"),
     "output": (OutputSettings, "output"),
+    "costs": (CostSettings, "costs that --dry_run estimates"),
 }

@@ -83,6 +83,9 @@ DEFAULTS = {
     "dry_run": False,
     "benchmark": False,
     "num_samples": 500,
+    "assume_mfu": 0.4,
+    "device_name": None,
+    "price_per_hour": None,
 }
 
 
