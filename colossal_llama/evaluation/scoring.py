@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Score = TypeVar("Score")
 
 # Logits are made for this many of them at once, in fp32: 128 MiB.
 LOGITS_AT_ONCE = 2**25
@@ -51,7 +53,22 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, windows: Sequence[Window]) -> list[WindowScore]:
-        """Scores windows in one forward pass; they are padded to the longest.
+        """Scores windows in one forward pass; they are padded to the longest."""
+        rows, losses, new_rows_losses = self._score_tokens(windows)
+        sums = torch.zeros(2, len(windows), dtype=torch.float64, device=losses.device)
+        sums[0].index_add_(0, rows, losses)
+        sums[1].index_add_(0, rows, new_rows_losses)
+        return [WindowScore(*pair) for pair in sums.T.tolist()]
+
+    @torch.inference_mode()
+    def token_losses(self, windows: Sequence[Window]) -> list[np.ndarray]:
+        """The loss of each token of a window that counts, float64 [num_scored], in one forward pass."""
+        _, losses, _ = self._score_tokens(windows)
+        borders = np.cumsum([window.num_scored for window in windows])[:-1]
+        return np.split(losses.cpu().numpy(), borders)
+
+    def _score_tokens(self, windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of all tokens that count, in order: number of the window, loss, what new rows cause of it.
 
         Padding is at the end, where a causal model's earlier tokens don't see it.
         """
@@ -68,11 +85,7 @@ class Scorer:
             rows += [row] * window.num_scored
             positions += range(size - window.num_scored - 1, size - 1)
         at = torch.tensor(rows, device=device), torch.tensor(positions, device=device)
-        losses, new_rows_losses = self._losses(hidden[at], input_ids[at[0], at[1] + 1])
-        sums = torch.zeros(2, len(windows), dtype=torch.float64, device=device)
-        sums[0].index_add_(0, at[0], losses)
-        sums[1].index_add_(0, at[0], new_rows_losses)
-        return [WindowScore(*pair) for pair in sums.T.tolist()]
+        return at[0], *self._losses(hidden[at], input_ids[at[0], at[1] + 1])
 
     def _losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For each of [tokens, width] and [tokens]: the loss, and what new rows cause of it, float64."""
@@ -92,13 +105,20 @@ class Scorer:
 
 
 def score_batch(scorer: Scorer, windows: Sequence[Window]) -> list[WindowScore]:
+    """`Scorer.score`; halves the batch where the GPU's memory is full."""
+    return score_in_halves(scorer.score, windows)
+
+
+def score_in_halves(
+    score: Callable[[Sequence[Window]], list[Score]], windows: Sequence[Window]
+) -> list[Score]:
     """Scores windows; halves the batch where the GPU's memory is full.
 
     Raises:
         UserError: a single window does not fit the GPU's memory.
     """
     try:
-        return scorer.score(windows)
+        return score(windows)
     except torch.OutOfMemoryError:
         if len(windows) == 1:
             raise UserError(
@@ -107,7 +127,7 @@ def score_batch(scorer: Scorer, windows: Sequence[Window]) -> list[WindowScore]:
             ) from None
     torch.cuda.empty_cache()
     half = len(windows) // 2
-    return [*score_batch(scorer, windows[:half]), *score_batch(scorer, windows[half:])]
+    return [*score_in_halves(score, windows[:half]), *score_in_halves(score, windows[half:])]
 
 
 def find_new_rows(
