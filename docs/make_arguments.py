@@ -36,6 +36,7 @@ SCRIPTS = (
     "train.py",
     "colossal_llama/launch/preflight.py",
     "inference_example.py",
+    "colossal_llama/evaluation/ledger.py",
     "examples/make_base_model.py",
 )
 # Scripts whose parser is in a module of the package.

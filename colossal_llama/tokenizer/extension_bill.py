@@ -17,9 +17,9 @@ from colossal_llama.utils.llama_size import LlamaConfiguration, count_parameters
 # What a new row has to be seen on average before it counts as learned; see `under_100` of stats.json.
 OCCURRENCES_TO_LEARN = 100
 ASSUMPTIONS = (
-    "Assumed: all text is like this corpus; training costs 6 FLOPs for each token and parameter that "
-    "multiplies (attention, which gets cheaper too, is not counted); new rows are learned when they have "
-    f"occurred {OCCURRENCES_TO_LEARN} times on average, and the training until then does nothing else."
+    "Assumed: all text is like this corpus; training costs 6 FLOPs for each token and parameter that",
+    "multiplies (attention, which gets cheaper too, is not counted); new rows are learned when they have",
+    f"occurred {OCCURRENCES_TO_LEARN} times on average, and the training until then does nothing else.",
 )
 
 
@@ -135,7 +135,7 @@ def describe_bill(bill: ExtensionBill) -> list[tuple[str, str]]:
 
 
 def format_bill(title: str, bill: ExtensionBill) -> str:
-    return "\n".join([format_table(("extension", title), describe_bill(bill)), ASSUMPTIONS])
+    return "\n".join([format_table(("extension", title), describe_bill(bill)), *ASSUMPTIONS])
 
 
 def _about(tokens: float) -> str:

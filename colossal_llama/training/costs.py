@@ -135,16 +135,18 @@ def format_cost(cost: RunCost, costs: CostSettings, precision: str) -> str:
             rows.append(("price", f"{price:,.2f} (at {costs.price_per_hour:g} for a device and hour)"))
     notes = []
     if cost.peak is not None:
-        notes.append(
-            f"Assumed: {cost.mfu:.0%} of {cost.peak / TERA:,.1f} TFLOP/s ({precision}, dense) in every step "
-            "(--assume_mfu; train.py --benchmark measures it). Loading, evaluating, saving are not counted."
-        )
+        notes += [
+            f"Assumed: {cost.mfu:.0%} of {cost.peak / TERA:,.1f} TFLOP/s ({precision}, dense) in every step",
+            "(--assume_mfu; train.py --benchmark measures it). Loading, evaluating, saving are not counted.",
+        ]
     if cost.frozen_flops_per_token:
         notes.append("Frozen weights: 4 FLOPs for each and token instead of 6, as they need no gradients.")
     return "\n".join([format_table(("cost", "estimated"), rows), *notes])
 
 
 def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:,.1f} seconds"
     if hours < 1:
         return f"{hours * 60:,.1f} minutes"
     return f"{hours:,.1f} hours" + (f" ({hours / 24:,.1f} days)" if hours >= 48 else "")

@@ -82,7 +82,13 @@ def test_without_a_known_device_there_is_no_time(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("hours", "text"), [(0.5, "30.0 minutes"), (47, "47.0 hours"), (96, "96.0 hours (4.0 days)")]
+    ("hours", "text"),
+    [
+        (0.001, "3.6 seconds"),
+        (0.5, "30.0 minutes"),
+        (47, "47.0 hours"),
+        (96, "96.0 hours (4.0 days)"),
+    ],
 )
 def test_times_to_read(hours: float, text: str) -> None:
     cost = RunCost(3600 * hours, 1e12, 0.0, 1, 1e12, 1.0)
