@@ -61,6 +61,8 @@ class Documents:
 
     def deal(self, num_bins: int, seed: int) -> Deal:
         """Training documents to bins; after them what each input directory holds out, in its order."""
+        if not self.held_out.any():  # the usual case needs no copies
+            return Deal(*deal_documents(self.strata, num_bins, seed), [])
         training = np.flatnonzero(~self.held_out)
         dealt, bounds = deal_documents(self.strata[training], num_bins, seed)
         held_out = np.flatnonzero(self.held_out)
@@ -161,11 +163,13 @@ def write_bins(
             bins[index] = counts
             bar.update(counts.tokens)
     remove_unfinished_parts(output)
-    in_bins = np.repeat(~documents.held_out, documents.num_pieces)
+    piece_lengths = documents.piece_lengths
+    if deal.held_out_dirs:
+        piece_lengths = piece_lengths[np.repeat(~documents.held_out, documents.num_pieces)]
     return WrittenBins(
         bins[:num_bins],  # type: ignore[arg-type]
         dict(zip(deal.held_out_dirs, bins[num_bins:], strict=True)),  # type: ignore[arg-type]
-        documents.piece_lengths[in_bins],
+        piece_lengths,
     )
 
 
@@ -211,7 +215,10 @@ def _collect_documents(tasks: list[ShardTask]) -> Documents:
         np.concatenate([table.piece_lengths for _, table in tables]),
         np.concatenate([table.num_pieces for _, table in tables]),
         np.concatenate(strata),
-        np.repeat([input_dir for input_dir, _ in tables], [len(table.num_pieces) for _, table in tables]),
+        np.repeat(
+            np.array([input_dir for input_dir, _ in tables], dtype=np.int32),
+            [len(table.num_pieces) for _, table in tables],
+        ),
         np.concatenate([table.held_out for _, table in tables]),
     )
 

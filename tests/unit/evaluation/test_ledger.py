@@ -158,6 +158,12 @@ def test_the_ledger_is_that_of_transformers_alone(
     again = run(monkeypatch, **flags, start_model=start, output_dir=tmp_path / "out")
     for one, other in zip(found["pieces"], again["pieces"], strict=True):
         assert one["input_row"]["distance"] == pytest.approx(other["input_row"]["distance"], rel=1e-4)
+    # In windows that overlap, each token counts once.
+    cut = run(monkeypatch, **flags, output_dir=tmp_path / "cut", context_bytes=48, stride_bytes=24)
+    for one, other in zip(found["pieces"], cut["pieces"], strict=True):
+        for count in ("held_out_occurrences", "compared"):
+            assert one[count] == other[count]
+    assert cut["summary"]["saved_nats"] != found["summary"]["saved_nats"]
     text = (tmp_path / "out" / "ledger.md").read_text()
     assert "## The worst" in text
     assert "| `中国` |" in text
