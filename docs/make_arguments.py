@@ -34,6 +34,7 @@ SCRIPTS = (
     "prepare_sft_dataset.py",
     "train.py",
     "colossal_llama/launch/preflight.py",
+    "colossal_llama/evaluation/compare_models.py",
     "inference_example.py",
     "examples/make_base_model.py",
 )
