@@ -35,8 +35,9 @@ SCRIPTS = (
     "prepare_sft_dataset.py",
     "train.py",
     "colossal_llama/launch/preflight.py",
-    "inference_example.py",
+    "colossal_llama/evaluation/compare_models.py",
     "colossal_llama/evaluation/ledger.py",
+    "inference_example.py",
     "examples/make_base_model.py",
 )
 # Scripts whose parser is in a module of the package.
