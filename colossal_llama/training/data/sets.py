@@ -1,18 +1,31 @@
-"""Sets of data, one `arrow/` directory each, and their names in metrics and messages."""
+"""Sets of data, and their names in metrics and messages.
+
+A set is a directory of parts, an `arrow/`; parts that were given one by one belong to that of their parent.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 # What the prepare scripts call the directory of a set's parts: it tells no set from another.
 _ARROW = "arrow"
 
 
-def set_directory(path: Path, is_part: bool) -> Path:
-    """The directory of the set that a `--dataset` path belongs to: its own, or that of a part's parent."""
-    return Path(os.path.abspath(path)).parent if is_part else Path(os.path.abspath(path))
+@dataclass(frozen=True)
+class RowSet:
+    """One set of a data set.
+
+    Attributes:
+        bins: in order, the [start, end) ranges of each bin's rows.
+    """
+
+    name: str
+    num_rows: int
+    num_tokens: int
+    bins: list[list[tuple[int, int]]]
 
 
 def set_names(directories: Sequence[Path]) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colossal_llama.training.data.order import BatchShape, StepSampler
+from colossal_llama.training.data.order import BatchShape, RowOrder, StepSampler
 from colossal_llama.training.schedule import LearningRateSchedule
 from colossal_llama.training.state import TrainState
 
 
-class Order:
+class Order(RowOrder):
     """Rows of epoch e are numbered from 1000 e on."""
 
     def __init__(self, num_rows: int) -> None:

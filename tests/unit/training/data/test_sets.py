@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colossal_llama.training.data.sets import set_directory, set_names
+from colossal_llama.training.data.sets import set_names
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,3 @@ def test_different_directories_have_different_names(paths: list[list[str]]) -> N
     names = set_names([Path("/", *parts) for parts in paths])
     assert len(set(names)) == len(names)
     assert all(name and name != "." and not name.startswith("/") for name in names)
-
-
-def test_a_part_belongs_to_the_set_of_its_parent() -> None:
-    assert set_directory(Path("/data/zh/arrow/part-3"), is_part=True) == Path("/data/zh/arrow")
-    assert set_directory(Path("/data/zh/arrow"), is_part=False) == Path("/data/zh/arrow")
