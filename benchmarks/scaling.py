@@ -100,6 +100,7 @@ class EmptyRows:
         self.num_rows = num_rows
         edges = [num_rows * i // num_buckets for i in range(num_buckets + 1)]
         self.bucket_ranges = [[pair] for pair in itertools.pairwise(edges)]
+        self.sets = []
 
     def __len__(self) -> int:
         return self.num_rows

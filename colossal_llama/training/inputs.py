@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE
+from colossal_llama.training.data.mixing import find_weight_problems
 from colossal_llama.training.data.prepared_rows import PreparedDataset, find_part_directories
 from colossal_llama.training.data.random_rows import RandomRows
 from colossal_llama.training.data.rows import RowDataset
@@ -65,6 +66,8 @@ def open_inputs(settings: RunSettings) -> Inputs:
     if problems:
         raise UserError(problems)
     dataset, *evaluated = opened
+    if problems := find_weight_problems(dataset.sets, wanted.dataset_weights):
+        raise UserError(problems)
     evaluation_sets = dict(zip(map(str, evaluation_paths), evaluated, strict=True))
     return Inputs(config, tokenizer, pad_token_id, dataset, evaluation_sets)
 

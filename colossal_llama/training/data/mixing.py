@@ -12,14 +12,21 @@ row keeps every set within about a row of its share at any time, whatever the le
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from colossal_llama.training.data.order import shuffle_ranges
+from colossal_llama.training.data.order import RowOrder, shuffle_ranges
 from colossal_llama.training.data.sets import RowSet
+from colossal_llama.utils.messages import join_names
+
+if TYPE_CHECKING:
+    from colossal_llama.training.data.rows import RowDataset
+    from colossal_llama.training.settings import DataSettings
 
 # Rows that are dealt at once, at most: what bounds the memory beside that of the rows' own numbers.
 _ROWS_AT_ONCE = 1 << 20
@@ -84,27 +91,36 @@ class MixedOrder:
         seed: int,
         bucketed: bool,
         weights: Sequence[float],
-        num_epochs: int,
     ) -> None:
         self.sets, self.seed, self.bucketed = list(sets), seed, bucketed
         self._lengths = row_lengths
         self._weights = whole_weights(weights)
-        # Where each epoch begins, and where the last one ends.
-        self.starts = list(self._find_epochs(num_epochs))
+        self._starts = [MixState((0,) * len(self.sets), (0,) * len(self.sets))]
 
     @property
     def shares(self) -> list[float]:
         """Of the tokens, as asked for."""
         return [weight / sum(self._weights) for weight in self._weights]
 
+    def start_of(self, epoch: int) -> MixState:
+        """Where an epoch begins, which is where the one before ends."""
+        while epoch >= len(self._starts):
+            self._starts.append(self._find_end(len(self._starts)))
+        return self._starts[epoch]
+
     def epoch_rows(self, epoch: int) -> int:
-        return self.starts[epoch + 1].position - self.starts[epoch].position
+        """How many rows an epoch has."""
+        return self.start_of(epoch + 1).position - self.start_of(epoch).position
+
+    def set_tokens(self, num_epochs: int) -> list[int]:
+        """Tokens of each set in so many epochs."""
+        return list(self.start_of(num_epochs).tokens)
 
     def steps(self, epoch: int, position: int, rows_per_step: int) -> Iterator[np.ndarray]:
         """The row numbers of each whole step of an epoch from a position on, [rows_per_step]."""
         rows_left = self.epoch_rows(epoch) - position
         rows = np.zeros(0, dtype=np.int64)
-        for stretch in self._stretches(self.starts[epoch]):
+        for stretch in self._stretches(self.start_of(epoch)):
             found = stretch.row_numbers()
             skipped = min(position, len(found))
             position -= skipped
@@ -122,18 +138,15 @@ class MixedOrder:
         """Row numbers of one epoch in training order, [rows]; all of them in memory."""
         return next(self.steps(epoch, 0, self.epoch_rows(epoch)))
 
-    def _find_epochs(self, num_epochs: int) -> Iterator[MixState]:
-        start = MixState((0,) * len(self.sets), (0,) * len(self.sets))
-        yield start
-        epoch, size = 1, self.sets[0].num_rows
-        for stretch in self._stretches(start):
+    def _find_end(self, num_epochs: int) -> MixState:
+        """Where so many epochs end: before the first set's row that begins its next pass."""
+        missing = num_epochs * self.sets[0].num_rows
+        for stretch in self._stretches(self._starts[-1]):
             firsts = np.flatnonzero(stretch.choices == 0)
-            before = stretch.start.counts[0]
-            while epoch * size - before < len(firsts):
-                yield stretch.state_at(int(firsts[epoch * size - before]))
-                epoch += 1
-                if epoch > num_epochs:
-                    return
+            index = missing - stretch.start.counts[0]
+            if index < len(firsts):
+                return stretch.state_at(int(firsts[index]))
+        raise AssertionError("the order has no end")
 
     def _stretches(self, start: MixState) -> Iterator[_Stretch]:
         """The order from a place on, without an end."""
@@ -195,6 +208,55 @@ class _Stretch:
             tuple(a + b for a, b in zip(self.start.counts, counts, strict=True)),
             tuple(a + b for a, b in zip(self.start.tokens, sums, strict=True)),
         )
+
+
+def make_order(source: RowDataset, seed: int, data: DataSettings) -> RowOrder | MixedOrder:
+    """The order that `--dataset_weights` and `--bucketed` ask for."""
+    if data.dataset_weights is None or not source.sets:
+        return RowOrder(source, seed, data.bucketed)
+    return MixedOrder(source.sets, source.row_lengths(), seed, data.bucketed, data.dataset_weights)
+
+
+def find_weight_problems(sets: Sequence[RowSet], weights: Sequence[float] | None) -> list[str]:
+    """What keeps the sets from being mixed, before anything else is known of the run."""
+    if weights is None:
+        return []
+    given = "--dataset_weights " + " ".join(f"{weight:g}" for weight in weights)
+    if len(weights) != len(sets):
+        names = join_names([each.name for each in sets], most=20)
+        return [
+            f"{given}: {len(weights)} weights, but --dataset names {len(sets)} sets ({names}); give one "
+            "weight for each set, in this order"
+        ]
+    return [f"{given}: set {each.name} has no rows; leave it out" for each in sets if not each.num_rows]
+
+
+def find_repeat_problems(
+    sets: Sequence[RowSet], weights: Sequence[float], num_epochs: int, max_repeats: int
+) -> list[str]:
+    """Sets whose share asks for more passes than `--max_repeats`; the first one has an epoch each."""
+    problems, first = [], sets[0]
+    for each, weight in list(zip(sets, weights, strict=True))[1:]:
+        run_tokens = first.num_tokens * num_epochs * weight / weights[0]
+        passes = run_tokens / max(1, each.num_tokens)
+        if passes <= max_repeats * (1 + 1e-9):
+            continue
+        most = max_repeats * each.num_tokens * weights[0] / (first.num_tokens * num_epochs)
+        problems.append(
+            f"--dataset_weights: set {each.name} would be passed over {passes:.4g} times in the run (its "
+            f"share is {weight / sum(weights):.3%} of the tokens, about {run_tokens:,.0f}; it has "
+            f"{each.num_tokens:,}), more than --max_repeats {max_repeats}; give it a weight of at most "
+            f"{_rounded_down(most)}, or more data, or raise --max_repeats"
+        )
+    return problems
+
+
+def _rounded_down(value: float) -> str:
+    """Three digits, so that no more is named than is allowed."""
+    if value <= 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.floor(value / unit) * unit:.3g}"
 
 
 class _Cycle:

@@ -21,7 +21,7 @@ class RowOrder:
     """
 
     def __init__(self, source: RowDataset, seed: int, bucketed: bool) -> None:
-        self.num_rows = len(source)
+        self.num_rows, self.sets = len(source), source.sets
         self.seed = seed
         self.buckets = source.bucket_ranges if bucketed else [[(0, self.num_rows)]]
 
@@ -38,6 +38,10 @@ class RowOrder:
     def epoch_rows(self, epoch: int) -> int:
         """How many rows an epoch has."""
         return self.num_rows
+
+    def set_tokens(self, num_epochs: int) -> list[int]:
+        """Tokens of each set in so many epochs."""
+        return [each.num_tokens * num_epochs for each in self.sets]
 
     def steps(self, epoch: int, position: int, rows_per_step: int) -> Iterator[np.ndarray]:
         """The row numbers of each whole step of an epoch from a position on, [rows_per_step]."""

@@ -28,6 +28,12 @@ class RowSet:
     bins: list[list[tuple[int, int]]]
 
 
+def set_directory(path: Path) -> Path:
+    """The directory of the set that a path of `--dataset` belongs to: of a part, its parent."""
+    absolute = Path(os.path.abspath(path))
+    return absolute.parent if (absolute / "state.json").is_file() else absolute
+
+
 def set_names(directories: Sequence[Path]) -> list[str]:
     """The name of each set: its path below the sets' common parent, without a last `arrow`.
 

@@ -6,19 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from colossal_llama.training.reporting.metrics import CURVES_FILE, read_all_stages
+from colossal_llama.training.reporting.set_curves import draw_sets, find_sets
+from colossal_llama.training.reporting.smoothing import FEW_STEPS, smooth
 from colossal_llama.utils.console import warn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
 
-# Width of the smoothing (the Gaussian's standard deviation): this share of the run's steps, up to a limit.
-SMOOTHED_SHARE = 1 / 60
-LARGEST_WIDTH = 500.0
-# Fewer steps than this are drawn with a mark each, and not smoothed.
-FEW_STEPS = 20
 STEP_AXIS, TOKEN_AXIS = "optimizer step", "tokens seen"
 
 
@@ -60,24 +56,11 @@ def join_stages(stages: list[list[dict[str, Any]]]) -> list[Curve]:
     return curves
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Means weighted with a Gaussian around each step, so that the curve does not lag behind a falling loss;
-    at both ends over the steps that are there.
-    """
-    if len(values) < FEW_STEPS:
-        return values
-    width = min(max(1.0, SMOOTHED_SHARE * len(values)), LARGEST_WIDTH)
-    offsets = np.arange(-int(3 * width), int(3 * width) + 1)
-    kernel = np.exp(-0.5 * (offsets / width) ** 2)
-    sums = np.convolve(values, kernel, mode="same") / np.convolve(np.ones(len(values)), kernel, mode="same")
-    return sums.tolist()
-
-
 def draw_curves(directory: Path) -> Path | None:
     """Writes `training_curves.png` from the metrics in a directory; returns its path, None without metrics.
 
     A first row of panels shows the run. One that started from an earlier run's weights has a second row, with
-    all stages joined.
+    all stages joined. Where the data has several sets, a last row compares them.
     """
     stages = [[record for record in records if "loss" in record] for records in read_all_stages(directory)]
     if not stages[-1]:
@@ -92,8 +75,14 @@ def draw_curves(directory: Path) -> Path | None:
     rows = [("", [make_curve(stages[-1])])]
     if len(stages) > 1:
         rows.append((f", {len(stages)} stages joined", join_stages(stages)))
-    figure = Figure(figsize=(16, 4.8 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    has_sets = bool(find_sets(stages[-1]))
+    picture = Figure(figsize=(16, 4.8 * (len(rows) + has_sets)), layout="constrained")
+    FigureCanvasAgg(picture)
+    figure: FigureBase = picture
+    if has_sets:
+        figure, below = picture.subfigures(2, 1, height_ratios=[len(rows), 1])
+        for axis in draw_sets(below, stages[-1]):
+            _finish(axis, rows[0][1], STEP_AXIS, axis.get_title())
     for axes, (title, curves) in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
         _draw_losses(axes[0], curves, STEP_AXIS, f"Loss by step{title}")
         _draw_losses(axes[1], curves, TOKEN_AXIS, f"Loss by tokens{title}")
@@ -104,7 +93,7 @@ def draw_curves(directory: Path) -> Path | None:
     named = dict(zip(labels, handles, strict=True))
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False)
     path = directory / CURVES_FILE
-    figure.savefig(path, dpi=110)
+    picture.savefig(path, dpi=110)
     return path
 
 

@@ -35,6 +35,9 @@ _BY_TOKENS = {
     "lr": "train/learning_rate_by_tokens",
     "eval_loss": "eval/loss_by_tokens",
 }
+# Figures of one set among several: loss/<set> -> train/loss/<set>. The tokens with loss of a step
+# (`loss_tokens/`) are for sums over steps and not drawn.
+_OF_SETS = {"loss": "train/loss", "tokens": "train/tokens", "share": "train/share", "passes": "train/passes"}
 # Loss of one evaluation set among several: eval_loss/<its path> -> eval/loss/<its path>.
 _ONE_SET = "eval_loss/"
 
@@ -187,6 +190,9 @@ class MetricsWriter:
             if value is None:
                 continue
             tag = _TAGS.get(name)
+            figure, _, set_name = name.partition("/")
+            if set_name and figure in _OF_SETS:
+                tag = f"{_OF_SETS[figure]}/{set_name}"
             if name.startswith(_ONE_SET):
                 tag = f"eval/loss/{name.removeprefix(_ONE_SET).strip('/')}"
             if tag is not None:

@@ -38,7 +38,7 @@ def mixtures(draw: st.DrawFn) -> tuple[list[int], list[int], list[float]]:
     return sizes, lengths, draw(st.lists(weight, min_size=len(sizes), max_size=len(sizes)))
 
 
-def mix(mixture: tuple[list[int], list[int], list[float]], num_epochs: int = 1, **options: int) -> MixedOrder:
+def mix(mixture: tuple[list[int], list[int], list[float]], **options: int) -> MixedOrder:
     sizes, lengths, weights = mixture
     sets = make_sets(sizes, lengths, options.get("num_bins", 1))
     return MixedOrder(
@@ -47,7 +47,6 @@ def mix(mixture: tuple[list[int], list[int], list[float]], num_epochs: int = 1, 
         options.get("seed", 1),
         "num_bins" in options,
         weights,
-        num_epochs,
     )
 
 
@@ -79,7 +78,7 @@ def test_the_next_row_comes_from_the_set_that_lags_most(
     mixture: tuple[list[int], list[int], list[float]], num_epochs: int
 ) -> None:
     sizes, lengths, weights = mixture
-    order = mix(mixture, num_epochs)
+    order = mix(mixture)
     rows = rows_of(order, num_epochs)
     chosen = sets_of(rows, sizes)
     tokens = [
@@ -101,7 +100,7 @@ def test_no_row_comes_again_before_all_others_of_its_set(
     mixture: tuple[list[int], list[int], list[float]], num_epochs: int, num_bins: int | None
 ) -> None:
     sizes = mixture[0]
-    rows = rows_of(mix(mixture, num_epochs, **({"num_bins": num_bins} if num_bins else {})), num_epochs)
+    rows = rows_of(mix(mixture, **({"num_bins": num_bins} if num_bins else {})), num_epochs)
     chosen = sets_of(rows, sizes)
     for number, size in enumerate(sizes):
         own = [row for row, of in zip(rows, chosen, strict=True) if of == number]
@@ -115,7 +114,7 @@ def test_at_every_step_each_set_is_within_a_row_or_a_step_of_its_share(
     mixture: tuple[list[int], list[int], list[float]], num_epochs: int
 ) -> None:
     sizes, lengths, weights = mixture
-    rows = rows_of(mix(mixture, num_epochs), num_epochs)
+    rows = rows_of(mix(mixture), num_epochs)
     own = np.zeros((len(rows) + 1, len(sizes)))
     own[np.arange(len(rows)) + 1, sets_of(rows, sizes)] = [lengths[row] for row in rows]
     own = own.cumsum(axis=0)
@@ -132,7 +131,7 @@ def test_with_buckets_every_set_runs_through_its_bins_in_order(
     mixture: tuple[list[int], list[int], list[float]], num_epochs: int, num_bins: int
 ) -> None:
     sizes = mixture[0]
-    order = mix(mixture, num_epochs, num_bins=num_bins)
+    order = mix(mixture, num_bins=num_bins)
     rows = rows_of(order, num_epochs)
     chosen = sets_of(rows, sizes)
     for number, each in enumerate(order.sets):
@@ -155,7 +154,7 @@ def test_the_order_is_the_same_whatever_the_number_of_processes_and_after_a_resu
     num_epochs: int,
     steps_done: int,
 ) -> None:
-    order = mix(mixture, num_epochs)
+    order = mix(mixture)
     rows_per_step = batch * accumulation * dp_size
 
     def dealt(epoch: int, position: int) -> list[list[int]]:
@@ -184,21 +183,20 @@ def test_the_order_is_the_same_whatever_the_number_of_processes_and_after_a_resu
         assert dealt(*places[at]) == expected[at:]
 
 
-def test_the_order_depends_on_seed_epoch_and_weights_and_not_on_the_number_of_epochs() -> None:
+def test_the_order_depends_on_seed_epoch_and_weights() -> None:
     mixture = ([20, 30], [10] * 50, [1.0, 1.0])
-    first = mix(mixture, 2)
-    assert first.permutation(0).tolist() == mix(mixture, 1).permutation(0).tolist()
-    assert first.permutation(1).tolist() == mix(mixture, 3).permutation(1).tolist()
-    others = [mix(mixture, 2, seed=2), mix((*mixture[:2], [2.0, 1.0]), 2)]
+    first = mix(mixture)
+    assert first.permutation(1).tolist() == mix(mixture).permutation(1).tolist()
+    others = [mix(mixture, seed=2), mix((*mixture[:2], [2.0, 1.0]))]
     assert all(first.permutation(0).tolist() != other.permutation(0).tolist() for other in others)
     assert first.permutation(0).tolist() != first.permutation(1).tolist()
     assert mix((*mixture[:2], [0.5, 0.5])).permutation(0).tolist() == first.permutation(0).tolist()
 
 
 def test_equal_sets_have_equal_shares_and_whole_passes() -> None:
-    order = mix(([12, 12], [7] * 24, [1.0, 1.0]), 4)
+    order = mix(([12, 12], [7] * 24, [1.0, 1.0]))
     assert [order.epoch_rows(epoch) for epoch in range(4)] == [24] * 4
-    assert order.starts[-1].counts == (48, 48)
+    assert order.start_of(4).counts == (48, 48)
 
 
 # Many rows at once
@@ -252,10 +250,10 @@ def test_an_order_of_many_stretches_and_windows_is_that_of_one_row_after_the_oth
     lengths = np.random.default_rng(0).integers(300, 513, sum(sizes))
     mixture = (list(sizes), lengths.tolist(), [float(weight) for weight in (5, 3, 2, 7)[: len(sizes)]])
     monkeypatch.setattr(mixing, "_WINDOWS", 1)
-    expected = rows_of(mix(mixture, 2), 2)
+    expected = rows_of(mix(mixture), 2)
     monkeypatch.undo()
     monkeypatch.setattr(mixing, "_ROWS_AT_ONCE", 4000)
-    assert rows_of(mix(mixture, 2), 2) == expected
+    assert rows_of(mix(mixture), 2) == expected
 
 
 # Weights

@@ -40,6 +40,7 @@ class ListSource:
         self.fingerprint = ""
         ends = np.cumsum(bucket_sizes or [len(rows)]).tolist()
         self.bucket_ranges = [[(start, end)] for start, end in zip([0, *ends], ends, strict=False)]
+        self.sets = []
 
     def __len__(self) -> int:
         return len(self.rows)
