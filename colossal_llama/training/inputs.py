@@ -61,13 +61,13 @@ def open_inputs(settings: RunSettings) -> Inputs:
             opened.append(
                 PreparedDataset(parts, wanted.max_length, wanted.isolate_documents, fingerprint, flag)
             )
+            if flag == "--dataset":
+                problems.extend(find_weight_problems(opened[0].sets, wanted.dataset_weights))
         except UserError as error:
             problems.extend(error.problems)
     if problems:
         raise UserError(problems)
     dataset, *evaluated = opened
-    if problems := find_weight_problems(dataset.sets, wanted.dataset_weights):
-        raise UserError(problems)
     evaluation_sets = dict(zip(map(str, evaluation_paths), evaluated, strict=True))
     return Inputs(config, tokenizer, pad_token_id, dataset, evaluation_sets)
 

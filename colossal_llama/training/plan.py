@@ -213,7 +213,7 @@ def _format_run(plan: RunPlan, plugin: Plugin) -> str:
         ("plugin and layout", plugin.describe_layout()),
         ("precision", plugin.layout.mixed_precision),
         ("data-parallel processes", plan.dp_size),
-        ("rows of the data", plan.rows),
+        ("rows of an epoch" if isinstance(plan.order, MixedOrder) else "rows of the data", plan.rows),
         ("rows of a step", plan.rows_per_step),
         ("tokens of a step, about", round(plan.tokens_per_step)),
         ("steps of an epoch", plan.steps_per_epoch),

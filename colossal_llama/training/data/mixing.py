@@ -225,8 +225,8 @@ def find_weight_problems(sets: Sequence[RowSet], weights: Sequence[float] | None
     if len(weights) != len(sets):
         names = join_names([each.name for each in sets], most=20)
         return [
-            f"{given}: {len(weights)} weights, but --dataset names {len(sets)} sets ({names}); give one "
-            "weight for each set, in this order"
+            f"{given}: one weight for each set is needed, and --dataset names {len(sets)} ({names}); give "
+            f"{len(sets)} weights, in this order"
         ]
     return [f"{given}: set {each.name} has no rows; leave it out" for each in sets if not each.num_rows]
 

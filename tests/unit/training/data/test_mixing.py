@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -13,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama.training.data import mixing
-from colossal_llama.training.data.mixing import MixedOrder, deal, whole_weights
+from colossal_llama.training.data import order as order_module
+from colossal_llama.training.data.mixing import (
+    MixedOrder,
+    deal,
+    find_repeat_problems,
+    find_weight_problems,
+    whole_weights,
+)
 from colossal_llama.training.data.order import BatchShape, StepSampler
 from colossal_llama.training.data.sets import RowSet
 
@@ -274,3 +282,63 @@ def test_whole_weights_are_close_and_small(weights: list[float]) -> None:
     assert sum(whole) <= 1 << 30
     for weight, number in zip(weights, whole, strict=True):
         assert abs(weight / sum(weights) - number / sum(whole)) < 1e-6
+
+
+# What is refused
+
+
+def test_each_set_needs_a_weight() -> None:
+    sets = make_sets([2, 3, 0], [1] * 5)
+    assert find_weight_problems(sets, None) == find_weight_problems(sets[:2], [0.5, 2]) == []
+    assert find_weight_problems(sets[:2], [0.5]) == [
+        "--dataset_weights 0.5: one weight for each set is needed, and --dataset names 2 (set-0, set-1); give "
+        "2 weights, in this order"
+    ]
+    assert "set set-2 has no rows" in find_weight_problems(sets, [1, 1, 1])[0]
+
+
+def test_too_many_passes_name_the_set_the_passes_and_a_weight_that_is_allowed() -> None:
+    sets = make_sets([100, 10, 30], [10] * 140)
+    assert find_repeat_problems(sets, [5, 2, 1], num_epochs=1, max_repeats=4) == []
+    # 1000 / 0.5 x 0.3 = 600 tokens from 100.
+    [problem] = find_repeat_problems(sets, [5, 3, 2], num_epochs=1, max_repeats=4)
+    assert problem == (
+        "--dataset_weights: set set-1 would be passed over 6 times in the run (its share is 30.000% of the "
+        "tokens, about 600; it has 100), more than --max_repeats 4; give it a weight of at most 2, or more "
+        "data, or raise --max_repeats"
+    )
+    assert find_repeat_problems(sets, [5, 2, 2], num_epochs=1, max_repeats=4) == []
+    assert len(find_repeat_problems(sets, [5, 2, 8], num_epochs=2, max_repeats=4)) == 2
+    # The first set has an epoch a pass, however many.
+    assert find_repeat_problems(sets[:1], [1], num_epochs=9, max_repeats=4) == []
+
+
+@settings(deadline=None, max_examples=40)
+@given(mixtures(), st.integers(1, 3), st.integers(1, 5))
+def test_no_set_is_passed_over_more_often_than_allowed(
+    mixture: tuple[list[int], list[int], list[float]], num_epochs: int, max_repeats: int
+) -> None:
+    sizes, lengths, weights = mixture
+    order = mix(mixture)
+    problems = find_repeat_problems(order.sets, weights, num_epochs, max_repeats)
+    counts = order.start_of(num_epochs).counts
+    for each, count in list(zip(order.sets, counts, strict=True))[1:]:
+        refused = any(f"set {each.name} " in problem for problem in problems)
+        # The end of a run is within a few rows of the shares.
+        assert refused or count <= max_repeats * each.num_rows + len(sizes) * max(lengths)
+
+
+def test_the_order_takes_at_most_8_bytes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is dealt at once, and the lengths of all rows included."""
+    monkeypatch.setattr(mixing, "_ROWS_AT_ONCE", 1 << 14)
+    monkeypatch.setattr(order_module, "_ROWS_AT_ONCE", 1 << 14)
+    peaks = []
+    for num_rows in (100_000, 300_000):
+        sets = make_sets([num_rows // 2] * 2, np.full(num_rows, 4096))
+        tracemalloc.start()
+        order = MixedOrder(sets, np.full(num_rows, 4096, dtype=np.uint16), 1, False, [3, 1])
+        for _ in order.steps(0, 0, 64):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] <= 8 * 200_000
