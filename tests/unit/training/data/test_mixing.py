@@ -291,8 +291,8 @@ def test_each_set_needs_a_weight() -> None:
     sets = make_sets([2, 3, 0], [1] * 5)
     assert find_weight_problems(sets, None) == find_weight_problems(sets[:2], [0.5, 2]) == []
     assert find_weight_problems(sets[:2], [0.5]) == [
-        "--dataset_weights 0.5: one weight for each set is needed, and --dataset names 2 (set-0, set-1); give "
-        "2 weights, in this order"
+        "--dataset_weights 0.5: one weight for each set is needed, and --dataset names 2 (set-0, set-1); "
+        "give 2 weights, in this order"
     ]
     assert "set set-2 has no rows" in find_weight_problems(sets, [1, 1, 1])[0]
 
