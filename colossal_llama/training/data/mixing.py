@@ -97,11 +97,6 @@ class MixedOrder:
         self._weights = whole_weights(weights)
         self._starts = [MixState((0,) * len(self.sets), (0,) * len(self.sets))]
 
-    @property
-    def shares(self) -> list[float]:
-        """Of the tokens, as asked for."""
-        return [weight / sum(self._weights) for weight in self._weights]
-
     def start_of(self, epoch: int) -> MixState:
         """Where an epoch begins, which is where the one before ends."""
         while epoch >= len(self._starts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from colossal_llama.training.data.sets import RowSet
 from colossal_llama.training.reporting.figures import RankFigures
@@ -130,3 +131,27 @@ def test_tokens_begin_at_nothing_and_are_not_guessed_where_a_checkpoint_does_not
 def test_the_tokens_of_sets_are_saved_only_where_there_are_several() -> None:
     assert "set_tokens" not in TrainState(step=3).to_json()
     assert TrainState(step=3, set_tokens=[1, 2]).to_json()["set_tokens"] == [1, 2]
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_losses_are_not_read_before_the_collective_that_there_is_anyway() -> None:
+    """Reading a value, or finding where a mask is true, would wait for the device."""
+    row_losses: list[torch.Tensor] = []
+    made = SetFigures(Source(), row_losses, torch.device("cpu"))
+    made.record_counts(RankFigures(), [batch([0, 5], [8, 4], [6, 3]), batch([1, 6], [2, 2], [2, 1])])
+    row_losses += [torch.ones(2), torch.ones(2)]
+    with Operations() as operations:
+        made.record_losses(RankFigures())
+    assert operations.names
+    assert not {"_local_scalar_dense", "nonzero", "index", "item", "masked_select"} & set(operations.names)
