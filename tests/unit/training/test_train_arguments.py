@@ -36,6 +36,8 @@ def problems_of(capsys: pytest.CaptureFixture[str], flags: str = "", required: b
 DEFAULTS = {
     "dataset": None,
     "eval_dataset": None,
+    "dataset_weights": None,
+    "max_repeats": 4,
     "eval_interval": 0,
     "max_length": 4096,
     "isolate_documents": True,
