@@ -49,6 +49,7 @@ def find_conflicts(settings: RunSettings) -> list[str]:
     problems.extend(find_plugin(settings.layout.plugin)(settings, world_size=1).conflicts())
     models = {"pretrained": data.pretrained, "load_checkpoint": output.load_checkpoint}
     problems.extend(settings.adaptation.conflicts(models))
+    problems.extend(settings.schedule.conflicts())
     if data.eval_interval and not data.eval_dataset:
         problems.append(f"--eval_interval {data.eval_interval}: needs --eval_dataset")
     if not output.benchmark:

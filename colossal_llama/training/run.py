@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from colossal_llama.training.checkpoint.resume import (
     continue_at_same_row,
     find_checkpoint,
     refuse_used_save_dir,
-    rescale_warmup,
+    resume_schedule,
     warn_of_later_checkpoints,
 )
 from colossal_llama.training.checkpoint.writer import CheckpointWriter
@@ -49,6 +49,7 @@ from colossal_llama.training.reporting.kernels import describe_kernels
 from colossal_llama.training.reporting.metrics import MetricsWriter
 from colossal_llama.training.reporting.throughput import ThroughputMeter
 from colossal_llama.training.resilience.interruption import StopRequest
+from colossal_llama.training.schedule import find_misfits
 from colossal_llama.training.settings import RunSettings
 from colossal_llama.training.state import TrainState
 from colossal_llama.utils.console import log, warn
@@ -65,10 +66,12 @@ class StartingPoint:
     Attributes:
         saved: the checkpoint that it continues from.
         stage_weights: weights that `--load_checkpoint` started the stage from, in place of `--pretrained`.
+        kept_arguments: values of flags that were not given and come from the checkpoint.
     """
 
     saved: SavedRun | None = None
     stage_weights: Path | None = None
+    kept_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -112,7 +115,12 @@ class Run:
         with contextlib.ExitStack() as cleanup:
             lock_save_dir(self.settings.output, cleanup)
             start = self._find_start()
-            record = replace(self.make_record(), stage_weights=_absolute(start.stage_weights))
+            record = self.make_record()
+            record = replace(
+                record,
+                arguments={**record.arguments, **start.kept_arguments},
+                stage_weights=_absolute(start.stage_weights),
+            )
             self.plugin.start()
             log(describe_kernels(self.plugin))
             files = self._prepare_files_together(start)
@@ -246,14 +254,18 @@ class Run:
     def _check_start(self, checkpoint: Path | None, stage_weights: Path | None) -> StartingPoint:
         if checkpoint is None:
             refuse_used_save_dir(self.settings.output)
+            self._check_schedule()
             return StartingPoint(None, stage_weights)
         saved = SavedRun.read(checkpoint)
         check_resumable(saved, self.make_record(), self.settings, self.plugin.layout)
-        schedule = rescale_warmup(
-            self.plan.schedule, self.settings.optimizer.warmup_steps, saved, self.plan.rows_per_step
-        )
+        schedule, kept = resume_schedule(saved, self.settings, self.plan)
         self.plan = replace(self.plan, schedule=schedule)
-        return StartingPoint(saved, self._find_adapter_base(saved))
+        self._check_schedule()
+        return StartingPoint(saved, self._find_adapter_base(saved), kept)
+
+    def _check_schedule(self) -> None:
+        if problems := find_misfits(self.plan.schedule, self.plan.data_steps):
+            raise UserError(problems)
 
     def make_record(self) -> RunRecord:
         dataset = self.inputs.dataset
@@ -345,14 +357,7 @@ class Run:
 
     def _resume(self, writer: CheckpointWriter, saved: SavedRun) -> TrainState:
         state = writer.load(saved)
-        continue_at_same_row(
-            saved,
-            state,
-            self.plan.rows_per_step,
-            self.plan.total_steps,
-            len(self.inputs.dataset),
-            self.settings.optimizer.num_epochs,
-        )
+        continue_at_same_row(saved, state, self.plan, self.settings.optimizer.num_epochs)
         log(f"Resumed from {saved.checkpoint}: step {state.step}, epoch {state.epoch}, row {state.position}")
         warn_of_later_checkpoints(self.settings.output, state)
         return state

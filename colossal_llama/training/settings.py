@@ -12,6 +12,7 @@ from typing import Any
 
 from colossal_llama.training.adaptation import AdaptationSettings
 from colossal_llama.training.layout import LayoutSettings
+from colossal_llama.training.schedule import ScheduleSettings
 from colossal_llama.utils.arguments import (
     MAX_ROW_TOKENS,
     existing_directory,
@@ -88,7 +89,7 @@ class DataSettings:
 class OptimizerSettings:
     """How long training lasts and how the optimizer steps."""
 
-    num_epochs: int = flag(1, "passes over the data", type=positive_int)
+    num_epochs: int = flag(1, "passes over the data", type=positive_int, on_resume=OnResume.SCHEDULE)
     max_steps: int = flag(
         -1,
         "stop after this many optimizer steps of the run; -1 = all. The schedule keeps its full length",
@@ -104,7 +105,10 @@ class OptimizerSettings:
         also=("--gradient_clipping",),
     )
     warmup_steps: int | None = flag(
-        None, "linear warm-up, in optimizer steps (default: 2.5 %% of the steps)", type=non_negative_int
+        None,
+        "linear warm-up, in optimizer steps (default: 2.5 %% of the steps)",
+        type=non_negative_int,
+        on_resume=OnResume.SCHEDULE,
     )
     seed: int = flag(42, "seed of every random choice", type=seed_number)
     deterministic: bool = flag(False, "deterministic CUDA kernels: exact resume there too", on_resume=FREE)
@@ -156,12 +160,13 @@ class RunSettings:
     data: DataSettings
     layout: LayoutSettings
     optimizer: OptimizerSettings
+    schedule: ScheduleSettings
     adaptation: AdaptationSettings
     output: OutputSettings
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        return (self.data, self.layout, self.optimizer, self.adaptation, self.output)
+        return (self.data, self.layout, self.optimizer, self.schedule, self.adaptation, self.output)
 
     def as_json(self) -> Mapping[str, Any]:
         """The values of all flags by name, as the record of a run has them."""
@@ -177,6 +182,7 @@ TITLES: dict[str, tuple[type, str]] = {
     "data": (DataSettings, "model and data"),
     "layout": (LayoutSettings, "plugin and layout"),
     "optimizer": (OptimizerSettings, "optimization"),
+    "schedule": (ScheduleSettings, "learning rate"),
     "adaptation": (AdaptationSettings, "what trains"),
     "output": (OutputSettings, "output"),
 }
