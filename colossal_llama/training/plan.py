@@ -101,7 +101,7 @@ def make_plan(plugin: Plugin, config: LlamaConfig, source: RowDataset) -> RunPla
     data_steps = steps_per_epoch * optimizer.num_epochs
     warmup_steps = default_warmup(data_steps) if optimizer.warmup_steps is None else optimizer.warmup_steps
     schedule = make_schedule(settings.schedule, optimizer.lr, warmup_steps, data_steps)
-    for message in _doubts(plugin, config, warmup_steps, schedule.total_steps):
+    for message in _doubts(plugin, warmup_steps, schedule.total_steps):
         warn(message)
     used_rows = steps_per_epoch * rows_per_step
     return RunPlan(
@@ -120,13 +120,8 @@ def make_plan(plugin: Plugin, config: LlamaConfig, source: RowDataset) -> RunPla
     )
 
 
-def _doubts(plugin: Plugin, config: LlamaConfig, warmup_steps: int, total_steps: int) -> list[str]:
-    doubts, max_length = [], plugin.settings.data.max_length
-    if max_length > config.max_position_embeddings:
-        doubts.append(
-            f"--max_length {max_length}: the model was made for {config.max_position_embeddings} "
-            "positions; it sees later ones for the first time"
-        )
+def _doubts(plugin: Plugin, warmup_steps: int, total_steps: int) -> list[str]:
+    doubts = []
     if warmup_steps >= total_steps:
         doubts.append(
             f"--warmup_steps {warmup_steps}: the run has {total_steps} steps, so the learning rate only rises"

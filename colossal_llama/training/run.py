@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from colossal_llama.training.checkpoint.directories import list_checkpoints, resolve_checkpoint
+from colossal_llama.training.checkpoint.kept_optimizer import KeptOptimizer
 from colossal_llama.training.checkpoint.model_files import ModelFiles, prepare_model_files
 from colossal_llama.training.checkpoint.modeling_files import ADAPTER_DIRECTORY, MODELING_DIRECTORY
 from colossal_llama.training.checkpoint.record import RunRecord, SavedRun, installed_versions, model_facts
@@ -37,7 +38,12 @@ from colossal_llama.training.data.rows import RowDataset
 from colossal_llama.training.inputs import Inputs, open_inputs
 from colossal_llama.training.llama.adapters import add_lora, freeze_all_but_embeddings, is_embedding
 from colossal_llama.training.llama.embedding_noise import EmbeddingNoise
-from colossal_llama.training.llama.loading import is_weights_directory, load_causal_lm, random_causal_lm
+from colossal_llama.training.llama.loading import (
+    find_too_long_rows,
+    is_weights_directory,
+    load_causal_lm,
+    random_causal_lm,
+)
 from colossal_llama.training.llama.weight_checks import check_weights
 from colossal_llama.training.loop import TrainingLoop
 from colossal_llama.training.plan import RunPlan, format_plan, global_batch_line, make_plan
@@ -66,12 +72,19 @@ class StartingPoint:
     Attributes:
         saved: the checkpoint that it continues from.
         stage_weights: weights that `--load_checkpoint` started the stage from, in place of `--pretrained`.
+        optimizer: that of an earlier stage, which this one keeps.
         kept_arguments: values of flags that were not given and come from the checkpoint.
     """
 
     saved: SavedRun | None = None
     stage_weights: Path | None = None
+    optimizer: KeptOptimizer | None = None
     kept_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def adapter_run(self) -> SavedRun | None:
+        """The run whose adapters training continues with, where there are any."""
+        return self.saved if self.optimizer is None else self.optimizer.saved
 
 
 @dataclass
@@ -101,7 +114,8 @@ class Run:
         if dataset is not None:
             inputs = replace(inputs, dataset=dataset)
         plugin = find_plugin(settings.layout.plugin)(settings, world_size)
-        if problems := plugin.model_conflicts(inputs.config):
+        too_long = find_too_long_rows(inputs.config, settings.data.max_length)
+        if problems := [*plugin.model_conflicts(inputs.config), *too_long]:
             raise UserError(problems)
         return cls(settings, inputs, plugin, make_plan(plugin, inputs.config, inputs.dataset))
 
@@ -125,9 +139,11 @@ class Run:
             log(describe_kernels(self.plugin))
             files = self._prepare_files_together(start)
             self.boost(start, files)
-            base = self._check_adapter_base(start.saved, self.plugin.loaded_sums)
+            base = self._check_adapter_base(start.adapter_run, self.plugin.loaded_sums)
             record = replace(record, adapter_base=base)
             writer = self.make_writer(record, files)
+            if start.optimizer is not None:
+                start.optimizer.restore(self.plugin)
             state = TrainState() if start.saved is None else self._resume(writer, start.saved)
             metrics = self._open_metrics(state, record, start, cleanup)
             if self.settings.output.benchmark:
@@ -162,7 +178,7 @@ class Run:
             model = add_lora(
                 causal_lm,
                 adaptation.lora_rank,
-                _find_adapter(start.saved),
+                _find_adapter(start.adapter_run),
                 seed,
                 adaptation.trains_embeddings_beside_lora,
             )
@@ -241,27 +257,44 @@ class Run:
         weights, flag = self._find_weights(start)
         if weights is None:
             return
-        reads_tensors = self.settings.adaptation.lora_rank and start.saved is not None
+        reads_tensors = self.settings.adaptation.lora_rank and start.adapter_run is not None
         dtype = self.plugin.parameter_dtype if reads_tensors else None
         sums = check_weights(weights, config, flag, dtype)
         if sums is not None:
-            self._check_adapter_base(start.saved, sums)
+            self._check_adapter_base(start.adapter_run, sums)
 
     def _find_start(self) -> StartingPoint:
         """What `--load_checkpoint` means for this run; a checkpoint fits it, or that is an error."""
         return self._check_start(*find_checkpoint(self.settings.output))
 
     def _check_start(self, checkpoint: Path | None, stage_weights: Path | None) -> StartingPoint:
-        if checkpoint is None:
-            refuse_used_save_dir(self.settings.output)
+        output = self.settings.output
+        if checkpoint is None or output.keep_optimizer:
+            refuse_used_save_dir(output)
             self._check_schedule()
+            if checkpoint is not None:
+                return self._keep_optimizer(SavedRun.read(checkpoint))
+            if output.keep_optimizer:
+                raise UserError(
+                    f"--keep_optimizer: --load_checkpoint {output.load_checkpoint} holds weights alone; give "
+                    "a step directory, or leave it out"
+                )
             return StartingPoint(None, stage_weights)
         saved = SavedRun.read(checkpoint)
         check_resumable(saved, self.make_record(), self.settings, self.plugin.layout)
         schedule, kept = resume_schedule(saved, self.settings, self.plan)
         self.plan = replace(self.plan, schedule=schedule)
         self._check_schedule()
-        return StartingPoint(saved, self._find_adapter_base(saved), kept)
+        return StartingPoint(saved, self._find_adapter_base(saved), kept_arguments=kept)
+
+    def _keep_optimizer(self, saved: SavedRun) -> StartingPoint:
+        """A new stage from a checkpoint's weights, or from a model that extends them, with its optimizer."""
+        assert self.inputs.tokenizer is not None
+        kept = KeptOptimizer.find(saved, self.settings, self.inputs.config, self.inputs.tokenizer)
+        weights = self._find_adapter_base(saved)
+        if not self.settings.adaptation.lora_rank and kept.known_rows is None:
+            weights = saved.checkpoint / MODELING_DIRECTORY
+        return StartingPoint(None, weights, kept)
 
     def _check_schedule(self) -> None:
         if problems := find_misfits(self.plan.schedule, self.plan.data_steps):

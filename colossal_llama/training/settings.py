@@ -6,11 +6,12 @@ Nothing heavy is imported here: `--help` has to answer in under a second.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from colossal_llama.training.adaptation import AdaptationSettings
+from colossal_llama.training.context import ContextSettings
 from colossal_llama.training.layout import LayoutSettings
 from colossal_llama.training.schedule import ScheduleSettings
 from colossal_llama.utils.arguments import (
@@ -124,6 +125,12 @@ class OutputSettings:
         type=_checkpoint,
         on_resume=FREE,
     )
+    keep_optimizer: bool = flag(
+        False,
+        "with the step directory of --load_checkpoint, start a new stage: its weights, Adam's moments and "
+        "step count are kept; data, schedule and counters begin anew",
+        on_resume=FREE,
+    )
     save_dir: Path = flag(Path("checkpoint_dir"), "directory of checkpoints", type=Path, on_resume=FREE)
     save_interval: int = flag(
         1000, "optimizer steps between saves; 0 = none", type=non_negative_int, on_resume=FREE
@@ -162,11 +169,12 @@ class RunSettings:
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     adaptation: AdaptationSettings
+    context: ContextSettings
     output: OutputSettings
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        return (self.data, self.layout, self.optimizer, self.schedule, self.adaptation, self.output)
+        return tuple(getattr(self, each.name) for each in fields(self))
 
     def as_json(self) -> Mapping[str, Any]:
         """The values of all flags by name, as the record of a run has them."""
@@ -184,5 +192,6 @@ TITLES: dict[str, tuple[type, str]] = {
     "optimizer": (OptimizerSettings, "optimization"),
     "schedule": (ScheduleSettings, "learning rate"),
     "adaptation": (AdaptationSettings, "what trains"),
+    "context": (ContextSettings, "longer context"),
     "output": (OutputSettings, "output"),
 }

@@ -77,17 +77,17 @@ def check_resumable(saved: SavedRun, record: RunRecord, settings: RunSettings, l
     Raises:
         UserError: data or arguments that shape the training differ; each change is named.
     """
-    problems = []
+    problems, flags = [], settings.flags()
     for key, value in record.data.items():
         if saved.record.data.get(key) != value:
             problems.append(f"--dataset: {key} {saved.record.data.get(key)} when saved, {value} now")
     for key, value in record.model.items():
         if (old := saved.record.model.get(key, value)) != value:
-            problems.append(f"--pretrained: {key} {old} when saved, {value} now")
+            flag = f" (--{key} sets it)" if key in flags else ""
+            problems.append(f"--pretrained: {key} {old} when saved, {value} now{flag}")
     allowed = {OnResume.FREE, OnResume.SCHEDULE}  # `resume_schedule` looks at the latter
     if layout.changes_since(saved.record.layout):
         allowed.add(OnResume.WITH_LAYOUT)
-    flags = settings.flags()
     for name, value in record.arguments.items():
         if flags[name].on_resume in allowed:
             continue

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from plugin_cases import make_config
 
 from colossal_llama.training.arguments import parse_settings
-from colossal_llama.training.checkpoint.record import RunRecord, SavedRun, state_json
+from colossal_llama.training.checkpoint.record import RunRecord, SavedRun, model_facts, state_json
 from colossal_llama.training.checkpoint.resume import check_resumable, resume_schedule
 from colossal_llama.training.data.random_rows import RandomRows
 from colossal_llama.training.layout import Layout
@@ -60,6 +60,26 @@ def test_a_flag_that_a_checkpoint_does_not_know_counts_as_its_default(tmp_path, 
     check_resumable(saved_run(tmp_path, record), record_of(settings), settings, layout)
     with pytest.raises(UserError, match=r"--grad_clip: 1\.0 when saved, 0\.5 now"):
         check_resumable(saved_run(tmp_path, record), record_of(settings, grad_clip=0.5), settings, layout)
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "hint"),
+    [("rope_theta", 5e5, " (--rope_theta sets it)"), ("rms_norm_eps", 1e-5, "")],
+)
+def test_another_model_is_named_with_the_flag_that_makes_it(fact, value, hint, tmp_path):
+    settings = parse("--pretrained", "some/model", "--benchmark", "--plugin", "ddp")
+    layout = Layout()
+    record = replace(record_of(settings), layout=layout.as_json(), model=model_facts(make_config()))
+    saved = saved_run(tmp_path, record)
+    check_resumable(saved, record, settings, layout)
+    other = replace(record, model=model_facts(make_config(**{fact: value})))
+    with pytest.raises(UserError) as caught:
+        check_resumable(saved, other, settings, layout)
+    old = getattr(make_config(), fact)
+    assert f"--pretrained: {fact} {old} when saved, {value} now{hint}" in caught.value.problems[0]
+    # A version that did not record it.
+    older = {name: known for name, known in record.model.items() if name != fact}
+    check_resumable(replace(saved, record=replace(record, model=older)), other, settings, layout)
 
 
 # The schedule
