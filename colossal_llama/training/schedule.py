@@ -47,9 +47,9 @@ def constant(progress: float) -> float:
 
 # What is left of the decay, from 1 to 0, at a progress from 0 to 1.
 SHAPES: dict[str, Callable[[float], float]] = {
-    "cosine": cosine,
-    "linear": linear,
     "sqrt": sqrt,
+    "linear": linear,
+    "cosine": cosine,
     "constant": constant,
 }
 
@@ -87,7 +87,7 @@ class ScheduleSettings:
     decay_shape: str = flag(
         "sqrt",
         "wsd: shape of the decay",
-        choices=("sqrt", "linear", "cosine"),
+        choices=tuple(name for name in SHAPES if name != "constant"),
         on_resume=OnResume.SCHEDULE,
     )
 

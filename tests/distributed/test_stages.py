@@ -195,3 +195,20 @@ def test_branches_and_second_extensions_in_other_layouts(name, tmp_path, trainin
     refused = train(tmp_path / "refused", processes, *stage_flags)
     assert refused.returncode != 0
     assert "are not those of" in " ".join(refused.output.split())
+
+
+@pytest.mark.slow  # three runs
+def test_adapters_continue_with_their_optimizer(tmp_path, training_inputs):
+    """A stage whose rate is 0 saves the adapters that it began with."""
+    lora = ["--plugin", "zero2", "--mixed_precision", "bf16", *rows(8, 2), "--lora_rank", 4]
+    first = checked(train(tmp_path / "first", 1, *part_flags(training_inputs, 0), *lora, "--max_steps", 2))
+    start = first.save_dir / "epoch-0_step-2"
+    stage_flags = [*part_flags(training_inputs, 1), *lora, "--load_checkpoint", start, "--keep_optimizer"]
+    stage = checked(train(tmp_path / "stage", 1, *stage_flags, "--max_steps", 1, "--lr", 0))
+    assert "; 0 start at zero" in " ".join(stage.output.split())
+    before = weights_of(start / "modeling")
+    assert before
+    assert weights_of(stage.save_dir / "modeling") == before
+    refused = train(tmp_path / "refused", 1, *stage_flags, "--lora_embeddings", "train")
+    assert refused.returncode != 0
+    assert "--lora_embeddings: freeze in " in refused.output
