@@ -189,8 +189,8 @@ def resumed_with_another_rate(space: Workspace) -> list[Any]:
 
 
 @case(2)
-def resumed_with_a_longer_decay(space: Workspace) -> list[Any]:
-    return ["--load_checkpoint", space.run / STEP, "--min_lr_ratio", 0, "--warmup_steps", 3]
+def resumed_with_a_shorter_warm_up(space: Workspace) -> list[Any]:
+    return ["--load_checkpoint", space.run / STEP, "--warmup_steps", 1]
 
 
 @case(2)
