@@ -65,6 +65,10 @@ class RunPlan:
     parameters: ParameterCounts
     memory: list[MemoryEstimate]
 
+    def steps_in(self, num_epochs: int) -> int:
+        """Optimizer steps that the data has in so many epochs."""
+        return self.steps_per_epoch * num_epochs
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole schedule."""

@@ -28,7 +28,6 @@ from colossal_llama.training.checkpoint.optimizer_files import (
     OPTIMIZER_DIRECTORY,
     SavedOptimizer,
     cut_part,
-    cut_slice,
     tensor_parallel_dim,
 )
 from colossal_llama.training.checkpoint.record import MODEL_FIELDS, SavedRun, model_facts
@@ -41,7 +40,7 @@ from colossal_llama.utils.messages import first_line
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-    from colossal_llama.training.plugins.base import Plugin, ShardCoordinates
+    from colossal_llama.training.plugins.base import Plugin
     from colossal_llama.training.settings import RunSettings
 
 # What of the model's configuration a new stage may change.
@@ -123,14 +122,15 @@ class KeptOptimizer:
                 real = config.vocab_size
                 known = real if self.known_rows is None else self.known_rows
             shape, size = tuple(parameter.shape), master.numel()
+            begin = place.zero_rank * size
             moments = {kind: torch.zeros(size, device=master.device).view_as(master) for kind in _MOMENTS}
             here = 0
             if optimizer.has(name, _MOMENTS[0]):
-                here = _count_leading(known, shape, dim, place, size)
+                here = _count_leading(known, shape, dim, place.tensor_rank, begin, size)
                 flat = master.detach().view(-1)
                 for kind in ("master", *_MOMENTS):
                     part = cut_part(optimizer.whole(name, kind), shape, dim, place.tensor_rank)
-                    value = cut_slice(part, size, place.zero_rank)[:here].to(master.device)
+                    value = part.flatten()[begin : begin + here].to(master.device)
                     if kind == "master":
                         differing += int(_differs(flat[:here], value).sum())
                         flat[:here] = value
@@ -142,7 +142,7 @@ class KeptOptimizer:
             if is_counted_elsewhere or (config.tie_word_embeddings and name.endswith("lm_head.weight")):
                 continue
             kept += here
-            total += _count_leading(real, shape, dim, place, size)
+            total += _count_leading(real, shape, dim, place.tensor_rank, begin, size)
         self._report(plugin, int(steps), kept, total, differing)
 
     def _report(self, plugin: Plugin, steps: int, kept: int, total: int, differing: int) -> None:
@@ -186,21 +186,21 @@ def _count_known_rows(modeling: Path, pretrained: str, tokenizer: PreTrainedToke
             f"--pretrained {pretrained}: its tokenizer is neither that of {modeling} nor an extension of it, "
             "so the optimizer's rows would belong to other tokens; leave --keep_optimizer out"
         )
-    return len(old)
+    return max(old.values()) + 1
 
 
 def _count_leading(
-    rows: int, shape: tuple[int, ...], dim: int | None, place: ShardCoordinates, size: int
+    rows: int, shape: tuple[int, ...], dim: int | None, tensor_rank: int, begin: int, size: int
 ) -> int:
     """How many leading values of this process's slice belong to the first `rows` rows of a parameter.
 
     Args:
         shape, dim: of the tensor-parallel rank's part, and the dimension that it was split along.
-        size: values of the slice.
+        begin, size: of the slice, in values of the part.
     """
-    first = place.tensor_rank * shape[0] if dim == 0 else 0
+    first = tensor_rank * shape[0] if dim == 0 else 0
     inside = min(max(rows - first, 0), shape[0]) * math.prod(shape[1:])
-    return min(max(inside - place.zero_rank * size, 0), size)
+    return min(max(inside - begin, 0), size)
 
 
 def _differs(loaded: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:

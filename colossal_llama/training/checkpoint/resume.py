@@ -120,11 +120,15 @@ def continue_at_same_row(saved: SavedRun, state: TrainState, plan: RunPlan, num_
     before = saved.record.rows_per_step
     if before == plan.rows_per_step:
         return
-    state.change_rows_per_step(plan.rows_per_step, plan.rows, num_epochs, plan.data_steps)
+    _continue_at_row(state, plan, num_epochs)
     log(
         f"A step has {plan.rows_per_step} rows instead of {before}: "
         f"{plan.total_steps - state.schedule_offset} steps in all; warm-up and learning rate follow the rows"
     )
+
+
+def _continue_at_row(state: TrainState, plan: RunPlan, num_epochs: int) -> None:
+    state.change_rows_per_step(plan.rows_per_step, plan.rows, num_epochs, plan.steps_in(num_epochs))
 
 
 def resume_schedule(
@@ -160,9 +164,13 @@ def resume_schedule(
     was = LearningRateSchedule.from_json(saved.schedule)
     if saved.record.rows_per_step != plan.rows_per_step:
         was = _continued(saved, old, old, plan)
-        data_steps = plan.steps_per_epoch * old["num_epochs"]
-        state.change_rows_per_step(plan.rows_per_step, plan.rows, old["num_epochs"], data_steps)
+        _continue_at_row(state, plan, old["num_epochs"])
     if schedule == was:
+        if now["num_epochs"] != old["num_epochs"]:
+            warn(
+                f"--num_epochs {now['num_epochs']}: changes nothing, since the run ends with its decay, at "
+                f"step {schedule.total_steps:,} of the schedule"
+            )
         return schedule, kept
     changed = ", ".join(
         f"--{name} {_shown(old[name])} -> {_shown(now[name])}" for name in declared if old[name] != now[name]
@@ -187,7 +195,7 @@ def _continued(
     Steps that are given as they were come from the checkpoint, which has them in steps of its own.
     """
     before = LearningRateSchedule.from_json(saved.schedule)
-    data_steps = plan.steps_per_epoch * now["num_epochs"]
+    data_steps = plan.steps_in(now["num_epochs"])
     wanted = ScheduleSettings(**{each.name: now[each.name] for each in fields(ScheduleSettings)})
     ratio = saved.record.rows_per_step / plan.rows_per_step
     warmup_steps = now["warmup_steps"]

@@ -159,7 +159,7 @@ def test_a_decay_branches_from_a_constant_rate(runs):
             runs.resume(saved, *wsd, "--decay_start", 98, "--decay_steps", 20)
 
 
-def test_a_branch_continues_without_its_flags(runs):
+def test_a_branch_continues_without_its_flags(runs, capsys):
     wsd = ["--lr_schedule", "wsd"]
     settings, plan = runs.plan(*wsd, "--decay_start", 100, "--decay_steps", 20)
     saved = runs.save_as(110, TrainState(), settings.as_json(), plan, plan.schedule)
@@ -169,6 +169,9 @@ def test_a_branch_continues_without_its_flags(runs):
         assert kept == {"warmup_steps": None, "decay_start": 100, "decay_steps": 20}
         arguments = {**runs.plan(*wsd)[0].as_json(), **kept}  # as the resumed run records them
         saved = runs.save_as(0, saved.state, arguments, plan, schedule)
+    assert capsys.readouterr() == ("", "")
+    assert runs.resume(saved, *wsd, "--num_epochs", 2)[0] == plan.schedule
+    assert "--num_epochs 2: changes nothing" in capsys.readouterr().err
 
 
 def test_steps_of_a_branch_follow_the_rows_of_a_step(runs):
