@@ -60,13 +60,15 @@ RESUME = """\
 *On resume* applies to a run that continues from a checkpoint (`--load_checkpoint` with a step directory, or
 `latest`). *Must stay*: a value that differs from the saved one is an error that names the argument. *May
 change with the layout*: a different value is accepted if the plugin, a parallel size or the number of
-processes changes too. Data and model may be at other paths, but must be the same. A new stage, which starts
-from weights alone, may change everything.
+processes changes too. *May change the future*: a different value is accepted if the learning
+rate of every step that was done stays what it was. Data and model may be at other paths, but must be the
+same. A new stage, which starts from weights alone, may change everything.
 """
 
 RESUME_RULES = {
     OnResume.FREE: "may change",
     OnResume.WITH_LAYOUT: "may change with the layout",
+    OnResume.SCHEDULE: "may change the future",
     OnResume.FIXED: "must stay",
 }
 

@@ -189,6 +189,41 @@ def resumed_with_another_rate(space: Workspace) -> list[Any]:
 
 
 @case(2)
+def resumed_with_a_shorter_warm_up(space: Workspace) -> list[Any]:
+    return ["--load_checkpoint", space.run / STEP, "--warmup_steps", 1]
+
+
+@case(2)
+def decay_after_the_data(space: Workspace) -> list[Any]:
+    return ["--lr_schedule", "wsd", "--decay_start", 10**6]
+
+
+@case(2)
+def rows_longer_than_the_positions(space: Workspace) -> list[Any]:
+    return ["--max_position_embeddings", 95]
+
+
+@case(0)
+def longer_context(space: Workspace) -> list[Any]:
+    return ["--rope_scaling", "yarn:2", "--rope_theta", 5e5]
+
+
+@case(0)
+def new_stage_with_the_same_optimizer(space: Workspace) -> list[Any]:
+    return ["--load_checkpoint", space.run / STEP, "--keep_optimizer", "--dataset", space.data / "part-00000"]
+
+
+@case(2)
+def new_stage_with_adapters_optimizer(space: Workspace) -> list[Any]:
+    return ["--load_checkpoint", space.lora_run / STEP, "--keep_optimizer"]
+
+
+@case(2)
+def optimizer_of_weights_alone(space: Workspace) -> list[Any]:
+    return ["--load_checkpoint", space.run / STEP / "modeling", "--keep_optimizer"]
+
+
+@case(2)
 def resumed_on_other_data(space: Workspace) -> list[Any]:
     return ["--load_checkpoint", space.run / STEP, "--dataset", space.data / "part-00000"]
 

@@ -15,7 +15,12 @@ from transformers.utils import find_adapter_config_file
 
 from colossal_llama.inference.settings import ModelSettings, model_name
 from colossal_llama.model.dtypes import flag_name, torch_dtype
-from colossal_llama.model.model_config import GENERATION_CONFIG_FILE, load_model_config, outside_vocabulary
+from colossal_llama.model.model_config import (
+    GENERATION_CONFIG_FILE,
+    find_context_length,
+    load_model_config,
+    outside_vocabulary,
+)
 from colossal_llama.model.weight_files import check_index
 from colossal_llama.tokenizer.loading import load_pretrained_tokenizer
 from colossal_llama.utils.errors import UserError
@@ -23,13 +28,11 @@ from colossal_llama.utils.files import read_json_object
 from colossal_llama.utils.messages import join_names, one_line
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # What fp32 weights may take of the memory that is free; the rest is for the cache and activations.
 MEMORY_SHARE = 0.8
-# These kinds of rotary scaling stretch the positions by their factor; the others state the full length.
-STRETCHED_ROPE_TYPES = ("linear", "dynamic")
 MAX_NAMED_TENSORS = 5
 MAX_REASON_LENGTH = 400
 
@@ -80,16 +83,6 @@ def choose_dtype(
         return torch.bfloat16 if has_bf16 else torch.float16
     fits = 4 * num_parameters < MEMORY_SHARE * psutil.virtual_memory().available
     return torch.float32 if fits else torch.bfloat16
-
-
-def find_context_length(config: PretrainedConfig) -> int:
-    """Positions that the model's rotary embedding covers."""
-    scaling = getattr(config, "rope_scaling", None)
-    if not isinstance(scaling, dict):
-        return int(config.max_position_embeddings)
-    rope_type = scaling.get("rope_type", scaling.get("type"))
-    factor = scaling.get("factor", 1.0) if rope_type in STRETCHED_ROPE_TYPES else 1.0
-    return int(config.max_position_embeddings * factor)
 
 
 def load_model(settings: ModelSettings, flag: str = "--model_path") -> LoadedModel:

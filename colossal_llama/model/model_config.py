@@ -58,6 +58,8 @@ _ROPE_NUMBERS = (
     "mscale",
     "mscale_all_dim",
 )
+# These kinds of rotary scaling stretch the positions by their factor; the others state the full length.
+_STRETCHED_ROPE_TYPES = ("linear", "dynamic")
 _MAX_SHOWN_CHARACTERS = 60
 
 
@@ -97,6 +99,19 @@ def load_model_config(name: str, where: str, trust_remote_code: bool) -> Pretrai
             'LLaMA has "silu"'
         )
     return config
+
+
+def find_context_length(config: PretrainedConfig) -> int:
+    """Positions that the model's rotary embedding covers."""
+    scaling = getattr(config, "rope_scaling", None)
+    if not isinstance(scaling, dict):
+        return int(config.max_position_embeddings)
+    rope_type = scaling.get("rope_type", scaling.get("type"))
+    is_stretched = rope_type in _STRETCHED_ROPE_TYPES or (
+        rope_type == "yarn" and scaling.get("original_max_position_embeddings") is None
+    )
+    factor = scaling.get("factor", 1.0) if is_stretched else 1.0
+    return int(config.max_position_embeddings * factor)
 
 
 def outside_vocabulary(token_id: int | None, vocab_size: int | None) -> bool:

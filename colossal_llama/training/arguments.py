@@ -46,15 +46,35 @@ def find_conflicts(settings: RunSettings) -> list[str]:
             f"--load_checkpoint {output.load_checkpoint}: --benchmark trains on random rows and continues "
             "no run; leave it out"
         )
+    problems.extend(_find_misuse_of_keeping(settings))
     problems.extend(find_plugin(settings.layout.plugin)(settings, world_size=1).conflicts())
     models = {"pretrained": data.pretrained, "load_checkpoint": output.load_checkpoint}
     problems.extend(settings.adaptation.conflicts(models))
+    problems.extend(settings.schedule.conflicts())
+    problems.extend(settings.context.conflicts(settings.adaptation.lora_rank, settings.adaptation.merge_lora))
     if data.eval_interval and not data.eval_dataset:
         problems.append(f"--eval_interval {data.eval_interval}: needs --eval_dataset")
     if data.eval_at_start and not data.eval_dataset:
         problems.append("--eval_at_start: needs --eval_dataset")
     if not output.benchmark:
         problems.extend(_find_unwritable(output))
+    return problems
+
+
+def _find_misuse_of_keeping(settings: RunSettings) -> list[str]:
+    output, plugin = settings.output, settings.layout.plugin
+    if not output.keep_optimizer:
+        return []
+    problems = []
+    if output.load_checkpoint in (None, "latest"):
+        remedy = (
+            "leave it out, `latest` continues a run" if output.load_checkpoint else "add --load_checkpoint"
+        )
+        problems.append(
+            f"--keep_optimizer: starts a new stage with the optimizer of a step directory; {remedy}"
+        )
+    if not find_plugin(plugin).saves_by_parameter:
+        problems.append(f"--keep_optimizer: --plugin {plugin} can't read another run's; use zero2, ddp or 3d")
     return problems
 
 

@@ -36,6 +36,7 @@ def open_inputs(settings: RunSettings) -> Inputs:
     """Opens configuration, tokenizer and data; all problems with the data are reported together."""
     wanted = settings.data
     config = load_config(wanted.pretrained, wanted.trust_remote_code)
+    settings.context.apply(config)
     _refuse_forgotten_rows(settings)
     if settings.output.benchmark:
         rows = RandomRows(

@@ -15,7 +15,8 @@ from colossal_llama.training.memory import (
     count_held_parameters,
     estimate_memory,
 )
-from colossal_llama.training.schedule import FINAL_FRACTION, LearningRateSchedule
+from colossal_llama.training.reporting.rate_chart import draw_rate
+from colossal_llama.training.schedule import LearningRateSchedule, default_warmup, make_schedule
 from colossal_llama.utils.console import format_table, warn
 from colossal_llama.utils.errors import UserError
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from colossal_llama.training.data.rows import RowDataset
     from colossal_llama.training.plugins.base import Plugin
 
-WARMUP_RATIO = 0.025
 MIB, GIB = 1024**2, 1024**3
 
 
@@ -73,7 +73,8 @@ class RunPlan:
         rows: of an epoch (the first one, where sets are mixed); `tail_rows` of them, too few for a step,
             are left out of each epoch.
         rows_per_step: over all processes and accumulated passes.
-        total_steps: optimizer steps of the whole schedule; `planned_steps` of them run under --max_steps.
+        data_steps: optimizer steps that the data has in all epochs. The schedule may end earlier.
+        max_steps: steps after which --max_steps ends the run; negative for none.
         tokens_per_epoch: padding not counted, rows left out not counted (at the data's mean row length).
         parameters: of the whole model; `trainable` have gradients.
         memory: one estimate for each pipeline stage.
@@ -86,11 +87,10 @@ class RunPlan:
     rows: int
     rows_per_step: int
     steps_per_epoch: int
-    total_steps: int
-    planned_steps: int
+    data_steps: int
+    max_steps: int
     tail_rows: int
     tokens_per_epoch: int
-    warmup_steps: int
     schedule: LearningRateSchedule
     parameters: ParameterCounts
     memory: list[MemoryEstimate]
@@ -98,6 +98,16 @@ class RunPlan:
     def steps_in(self, num_epochs: int) -> int:
         """Optimizer steps that the data has in so many epochs."""
         return sum(self.order.epoch_rows(epoch) // self.rows_per_step for epoch in range(num_epochs))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole schedule."""
+        return self.schedule.total_steps
+
+    @property
+    def planned_steps(self) -> int:
+        """Those of them that run under --max_steps."""
+        return self.total_steps if self.max_steps < 0 else min(self.max_steps, self.total_steps)
 
     @property
     def tokens_per_step(self) -> float:
@@ -124,11 +134,10 @@ def make_plan(plugin: Plugin, config: LlamaConfig, source: RowDataset) -> RunPla
             f"{layout.dp_size} data-parallel processes); give at least {rows_per_step:,} rows, or lower "
             "--accumulation_steps"
         )
-    total_steps = sum(epoch_steps)
-    warmup_steps = optimizer.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = int(total_steps * WARMUP_RATIO)
-    for message in _doubts(plugin, config, warmup_steps, total_steps):
+    data_steps = sum(epoch_steps)
+    warmup_steps = default_warmup(data_steps) if optimizer.warmup_steps is None else optimizer.warmup_steps
+    schedule = make_schedule(settings.schedule, optimizer.lr, warmup_steps, data_steps)
+    for message in _doubts(plugin, config, warmup_steps, schedule.total_steps):
         warn(message)
     used_rows = steps_per_epoch * rows_per_step
     return RunPlan(
@@ -139,12 +148,11 @@ def make_plan(plugin: Plugin, config: LlamaConfig, source: RowDataset) -> RunPla
         rows=rows,
         rows_per_step=rows_per_step,
         steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        planned_steps=total_steps if optimizer.max_steps < 0 else min(optimizer.max_steps, total_steps),
+        data_steps=data_steps,
+        max_steps=optimizer.max_steps,
         tail_rows=rows - used_rows,
         tokens_per_epoch=round(_tokens_of_epoch(order, source) * used_rows / rows),
-        warmup_steps=warmup_steps,
-        schedule=LearningRateSchedule(optimizer.lr, warmup_steps, total_steps),
+        schedule=schedule,
         parameters=count_held_parameters(config, settings.adaptation, Layout()),
         memory=[estimate_memory(plugin, config, stage) for stage in range(layout.pp)],
     )
@@ -174,12 +182,7 @@ def _tokens_of_epoch(order: RowOrder | MixedOrder, source: RowDataset) -> int:
 
 
 def _doubts(plugin: Plugin, config: LlamaConfig, warmup_steps: int, total_steps: int) -> list[str]:
-    doubts, max_length = [], plugin.settings.data.max_length
-    if max_length > config.max_position_embeddings:
-        doubts.append(
-            f"--max_length {max_length}: the model was made for {config.max_position_embeddings} "
-            "positions; it sees later ones for the first time"
-        )
+    doubts = []
     if warmup_steps >= total_steps:
         doubts.append(
             f"--warmup_steps {warmup_steps}: the run has {total_steps} steps, so the learning rate only rises"
@@ -199,8 +202,13 @@ def global_batch_line(plan: RunPlan, plugin: Plugin) -> str:
 
 
 def format_plan(plan: RunPlan, plugin: Plugin) -> str:
-    """The plan as tables: the run, and the memory of a process by part."""
-    tables = [_format_run(plan, plugin), _format_sets(plan), _format_memory(plan, plugin)]
+    """The plan as tables: the run, its sets, its learning rate, and the memory of a process by part."""
+    tables = [
+        _format_run(plan, plugin),
+        _format_sets(plan),
+        draw_rate(plan.schedule),
+        _format_memory(plan, plugin),
+    ]
     return "\n\n".join(table for table in tables if table)
 
 
@@ -220,8 +228,9 @@ def _format_run(plan: RunPlan, plugin: Plugin) -> str:
         ("rows left out of each epoch", plan.tail_rows),
         ("epochs", optimizer.num_epochs),
         ("steps of the schedule", plan.total_steps),
-        ("warm-up steps", plan.warmup_steps),
-        ("learning rate", f"{optimizer.lr:g} down to {optimizer.lr * FINAL_FRACTION:g}"),
+        ("warm-up steps", plan.schedule.warmup_steps),
+        ("learning rate", str(plan.schedule)),
+        ("shape of its decay", "none" if plan.schedule.shape == "constant" else plan.schedule.shape),
     ]
     if plan.planned_steps != plan.total_steps:
         rows.append(("steps of this run (--max_steps)", plan.planned_steps))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from colossal_llama.training.checkpoint.directories import list_checkpoints, resolve_checkpoint
+from colossal_llama.training.checkpoint.kept_optimizer import KeptOptimizer
 from colossal_llama.training.checkpoint.model_files import ModelFiles, prepare_model_files
 from colossal_llama.training.checkpoint.modeling_files import ADAPTER_DIRECTORY, MODELING_DIRECTORY
 from colossal_llama.training.checkpoint.record import RunRecord, SavedRun, installed_versions, model_facts
@@ -27,7 +28,7 @@ from colossal_llama.training.checkpoint.resume import (
     continue_at_same_row,
     find_checkpoint,
     refuse_used_save_dir,
-    rescale_warmup,
+    resume_schedule,
     warn_of_later_checkpoints,
 )
 from colossal_llama.training.checkpoint.writer import CheckpointWriter
@@ -39,7 +40,12 @@ from colossal_llama.training.extension_report import report_extension
 from colossal_llama.training.inputs import Inputs, open_inputs
 from colossal_llama.training.llama.adapters import add_lora, freeze_all_but_embeddings, is_embedding
 from colossal_llama.training.llama.embedding_noise import EmbeddingNoise
-from colossal_llama.training.llama.loading import is_weights_directory, load_causal_lm, random_causal_lm
+from colossal_llama.training.llama.loading import (
+    find_too_long_rows,
+    is_weights_directory,
+    load_causal_lm,
+    random_causal_lm,
+)
 from colossal_llama.training.llama.weight_checks import check_weights
 from colossal_llama.training.loop import TrainingLoop
 from colossal_llama.training.plan import RunPlan, format_plan, global_batch_line, make_plan
@@ -51,6 +57,7 @@ from colossal_llama.training.reporting.kernels import describe_kernels, kernel_w
 from colossal_llama.training.reporting.metrics import MetricsWriter
 from colossal_llama.training.reporting.throughput import ThroughputMeter
 from colossal_llama.training.resilience.interruption import StopRequest
+from colossal_llama.training.schedule import find_misfits
 from colossal_llama.training.settings import RunSettings
 from colossal_llama.training.state import TrainState
 from colossal_llama.utils.console import log, warn
@@ -67,10 +74,19 @@ class StartingPoint:
     Attributes:
         saved: the checkpoint that it continues from.
         stage_weights: weights that `--load_checkpoint` started the stage from, in place of `--pretrained`.
+        optimizer: that of an earlier stage, which this one keeps.
+        kept_arguments: values of flags that were not given and come from the checkpoint.
     """
 
     saved: SavedRun | None = None
     stage_weights: Path | None = None
+    optimizer: KeptOptimizer | None = None
+    kept_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def adapter_run(self) -> SavedRun | None:
+        """The run whose adapters training continues with, where there are any."""
+        return self.saved if self.optimizer is None else self.optimizer.saved
 
 
 @dataclass
@@ -100,7 +116,8 @@ class Run:
         if dataset is not None:
             inputs = replace(inputs, dataset=dataset)
         plugin = find_plugin(settings.layout.plugin)(settings, world_size)
-        if problems := plugin.model_conflicts(inputs.config):
+        too_long = find_too_long_rows(inputs.config, settings.data.max_length)
+        if problems := [*plugin.model_conflicts(inputs.config), *too_long]:
             raise UserError(problems)
         return cls(settings, inputs, plugin, make_plan(plugin, inputs.config, inputs.dataset))
 
@@ -125,7 +142,12 @@ class Run:
         with contextlib.ExitStack() as cleanup:
             lock_save_dir(self.settings.output, cleanup)
             start = self._find_start()
-            record = replace(self.make_record(), stage_weights=_absolute(start.stage_weights))
+            record = self.make_record()
+            record = replace(
+                record,
+                arguments={**record.arguments, **start.kept_arguments},
+                stage_weights=_absolute(start.stage_weights),
+            )
             self.plugin.start()
             self.plugin.choose_attention(self.inputs.config)
             log(describe_kernels(self.plugin))
@@ -133,9 +155,11 @@ class Run:
                 warn(message)
             files = self._prepare_files_together(start)
             self.boost(start, files)
-            base = self._check_adapter_base(start.saved, self.plugin.loaded_sums)
+            base = self._check_adapter_base(start.adapter_run, self.plugin.loaded_sums)
             record = replace(record, adapter_base=base)
             writer = self.make_writer(record, files)
+            if start.optimizer is not None:
+                start.optimizer.restore(self.plugin)
             state = TrainState() if start.saved is None else self._resume(writer, start.saved)
             metrics = self._open_metrics(state, record, start, cleanup)
             if self.settings.output.benchmark:
@@ -170,7 +194,7 @@ class Run:
             model = add_lora(
                 causal_lm,
                 adaptation.lora_rank,
-                _find_adapter(start.saved),
+                _find_adapter(start.adapter_run),
                 seed,
                 adaptation.trains_embeddings_beside_lora,
             )
@@ -251,27 +275,48 @@ class Run:
         weights, flag = self._find_weights(start)
         if weights is None:
             return
-        reads_tensors = self.settings.adaptation.lora_rank and start.saved is not None
+        reads_tensors = self.settings.adaptation.lora_rank and start.adapter_run is not None
         dtype = self.plugin.parameter_dtype if reads_tensors else None
         sums = check_weights(weights, config, flag, dtype)
         if sums is not None:
-            self._check_adapter_base(start.saved, sums)
+            self._check_adapter_base(start.adapter_run, sums)
 
     def _find_start(self) -> StartingPoint:
         """What `--load_checkpoint` means for this run; a checkpoint fits it, or that is an error."""
         return self._check_start(*find_checkpoint(self.settings.output))
 
     def _check_start(self, checkpoint: Path | None, stage_weights: Path | None) -> StartingPoint:
-        if checkpoint is None:
-            refuse_used_save_dir(self.settings.output)
+        output = self.settings.output
+        if checkpoint is None or output.keep_optimizer:
+            refuse_used_save_dir(output)
+            self._check_schedule()
+            if checkpoint is not None:
+                return self._keep_optimizer(SavedRun.read(checkpoint))
+            if output.keep_optimizer:
+                raise UserError(
+                    f"--keep_optimizer: --load_checkpoint {output.load_checkpoint} holds weights alone; give "
+                    "a step directory, or leave it out"
+                )
             return StartingPoint(None, stage_weights)
         saved = SavedRun.read(checkpoint)
         check_resumable(saved, self.make_record(), self.settings, self.plugin.layout)
-        schedule = rescale_warmup(
-            self.plan.schedule, self.settings.optimizer.warmup_steps, saved, self.plan.rows_per_step
-        )
+        schedule, kept = resume_schedule(saved, self.settings, self.plan)
         self.plan = replace(self.plan, schedule=schedule)
-        return StartingPoint(saved, self._find_adapter_base(saved))
+        self._check_schedule()
+        return StartingPoint(saved, self._find_adapter_base(saved), kept_arguments=kept)
+
+    def _keep_optimizer(self, saved: SavedRun) -> StartingPoint:
+        """A new stage from a checkpoint's weights, or from a model that extends them, with its optimizer."""
+        assert self.inputs.tokenizer is not None
+        kept = KeptOptimizer.find(saved, self.settings, self.inputs.config, self.inputs.tokenizer)
+        weights = self._find_adapter_base(saved)
+        if not self.settings.adaptation.lora_rank and kept.known_rows is None:
+            weights = saved.checkpoint / MODELING_DIRECTORY
+        return StartingPoint(None, weights, kept)
+
+    def _check_schedule(self) -> None:
+        if problems := find_misfits(self.plan.schedule, self.plan.data_steps):
+            raise UserError(problems)
 
     def make_record(self) -> RunRecord:
         dataset = self.inputs.dataset
@@ -366,14 +411,7 @@ class Run:
 
     def _resume(self, writer: CheckpointWriter, saved: SavedRun) -> TrainState:
         state = writer.load(saved)
-        continue_at_same_row(
-            saved,
-            state,
-            self.plan.rows_per_step,
-            self.plan.total_steps,
-            self.plan.order.epoch_rows,
-            self.settings.optimizer.num_epochs,
-        )
+        continue_at_same_row(saved, state, self.plan, self.settings.optimizer.num_epochs)
         log(f"Resumed from {saved.checkpoint}: step {state.step}, epoch {state.epoch}, row {state.position}")
         warn_of_later_checkpoints(self.settings.output, state)
         return state

@@ -6,13 +6,15 @@ Nothing heavy is imported here: `--help` has to answer in under a second.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from colossal_llama.training.adaptation import AdaptationSettings
+from colossal_llama.training.context import ContextSettings
 from colossal_llama.training.costs import CostSettings
 from colossal_llama.training.layout import LayoutSettings
+from colossal_llama.training.schedule import ScheduleSettings
 from colossal_llama.utils.arguments import (
     MAX_ROW_TOKENS,
     existing_directory,
@@ -105,7 +107,7 @@ class DataSettings:
 class OptimizerSettings:
     """How long training lasts and how the optimizer steps."""
 
-    num_epochs: int = flag(1, "passes over the data", type=positive_int)
+    num_epochs: int = flag(1, "passes over the data", type=positive_int, on_resume=OnResume.SCHEDULE)
     max_steps: int = flag(
         -1,
         "stop after this many optimizer steps of the run; -1 = all. The schedule keeps its full length",
@@ -121,7 +123,10 @@ class OptimizerSettings:
         also=("--gradient_clipping",),
     )
     warmup_steps: int | None = flag(
-        None, "linear warm-up, in optimizer steps (default: 2.5 %% of the steps)", type=non_negative_int
+        None,
+        "linear warm-up, in optimizer steps (default: 2.5 %% of the steps)",
+        type=non_negative_int,
+        on_resume=OnResume.SCHEDULE,
     )
     seed: int = flag(42, "seed of every random choice", type=seed_number)
     deterministic: bool = flag(False, "deterministic CUDA kernels: exact resume there too", on_resume=FREE)
@@ -135,6 +140,12 @@ class OutputSettings:
         None,
         "a step directory, `latest`, or a directory of weights alone, which starts a new stage",
         type=_checkpoint,
+        on_resume=FREE,
+    )
+    keep_optimizer: bool = flag(
+        False,
+        "with the step directory of --load_checkpoint, start a new stage: its weights, Adam's moments and "
+        "step count are kept; data, schedule and counters begin anew",
         on_resume=FREE,
     )
     save_dir: Path = flag(Path("checkpoint_dir"), "directory of checkpoints", type=Path, on_resume=FREE)
@@ -173,13 +184,15 @@ class RunSettings:
     data: DataSettings
     layout: LayoutSettings
     optimizer: OptimizerSettings
+    schedule: ScheduleSettings
     adaptation: AdaptationSettings
+    context: ContextSettings
     output: OutputSettings
     costs: CostSettings
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        return (self.data, self.layout, self.optimizer, self.adaptation, self.output, self.costs)
+        return tuple(getattr(self, each.name) for each in fields(self))
 
     def as_json(self) -> Mapping[str, Any]:
         """The values of all flags by name, as the record of a run has them."""
@@ -195,7 +208,9 @@ TITLES: dict[str, tuple[type, str]] = {
     "data": (DataSettings, "model and data"),
     "layout": (LayoutSettings, "plugin and layout"),
     "optimizer": (OptimizerSettings, "optimization"),
+    "schedule": (ScheduleSettings, "learning rate"),
     "adaptation": (AdaptationSettings, "what trains"),
+    "context": (ContextSettings, "longer context"),
     "output": (OutputSettings, "output"),
     "costs": (CostSettings, "costs that --dry_run estimates"),
 }

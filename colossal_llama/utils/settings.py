@@ -29,6 +29,7 @@ class OnResume(Enum):
 
     FIXED = "must have the value that the run was started with"
     WITH_LAYOUT = "may change where the layout changes too"
+    SCHEDULE = "may change as long as no step that was done would have had another learning rate"
     FREE = "may change"
 
 

@@ -15,10 +15,12 @@ from transformers import (
     LlamaForCausalLM,
     LlamaModel,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from colossal_llama.training.llama.attention import install_attention
 from colossal_llama.upstream.byte_order_marks import accept_byte_order_marks
 from colossal_llama.upstream.newer_model_config import adopt_earlier_names
+from colossal_llama.upstream.rotary_lengths import rotate_documents_alone
 
 TINY = {
     "vocab_size": 64,
@@ -40,6 +42,33 @@ def test_a_configuration_of_transformers_5_keeps_its_rotary_base() -> None:
 def test_earlier_names_keep_the_rotary_base() -> None:
     config = adopt_earlier_names(LlamaConfig.from_dict(NEWER))
     assert (config.rope_theta, config.rope_scaling, config.torch_dtype) == (5e5, None, torch.bfloat16)
+
+
+def rotate(rotary: LlamaRotaryEmbedding, *documents: int) -> torch.Tensor:
+    """Cosines of the positions of documents in one row."""
+    positions = torch.cat([torch.arange(length) for length in documents])[None]
+    return rotary(torch.zeros(1), positions)[0]
+
+
+def dynamic_rotary() -> LlamaRotaryEmbedding:
+    return LlamaRotaryEmbedding(LlamaConfig(**TINY, rope_scaling={"rope_type": "dynamic", "factor": 4.0}))
+
+
+@canary("transformers 4.51.3: rotary_lengths")
+def test_dynamic_scaling_of_a_document_is_its_own() -> None:
+    rotary, alone = dynamic_rotary(), rotate(dynamic_rotary(), 30)
+    beside_longer = rotate(rotary, 100, 30)[:, 100:]
+    after_longer = rotate(rotary, 64)[:, :30]
+    wrong = [not torch.equal(each, alone) for each in (beside_longer, after_longer)]
+    expect_right("wrong" if all(wrong) else "right" if not any(wrong) else "other", "wrong")
+
+
+def test_documents_are_rotated_alone() -> None:
+    rotary = dynamic_rotary()
+    rotate_documents_alone(rotary)
+    packed = rotate(rotary, 100, 30, 70)
+    for document, length in zip(packed.split([100, 30, 70], dim=1), (100, 30, 70), strict=True):
+        assert torch.equal(document, rotate(dynamic_rotary(), length))
 
 
 READS_A_MARK = """

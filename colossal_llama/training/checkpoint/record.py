@@ -35,6 +35,7 @@ MODEL_FIELDS = (
     "rms_norm_eps",
     "rope_theta",
     "rope_scaling",
+    "max_position_embeddings",
     "attention_bias",
     "mlp_bias",
     "tie_word_embeddings",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama.training.checkpoint.directories import (
     checkpoint_step,
@@ -16,12 +16,15 @@ from colossal_llama.training.checkpoint.directories import (
 )
 from colossal_llama.training.checkpoint.record import RunRecord, SavedRun
 from colossal_llama.training.layout import Layout
-from colossal_llama.training.schedule import LearningRateSchedule
+from colossal_llama.training.schedule import LearningRateSchedule, ScheduleSettings, make_schedule
 from colossal_llama.training.settings import OutputSettings, RunSettings
 from colossal_llama.training.state import TrainState
 from colossal_llama.utils.console import log, warn
 from colossal_llama.utils.errors import UserError, is_main_process
 from colossal_llama.utils.settings import OnResume
+
+if TYPE_CHECKING:
+    from colossal_llama.training.plan import RunPlan
 
 
 def find_checkpoint(output: OutputSettings) -> tuple[Path | None, Path | None]:
@@ -74,17 +77,17 @@ def check_resumable(saved: SavedRun, record: RunRecord, settings: RunSettings, l
     Raises:
         UserError: data or arguments that shape the training differ; each change is named.
     """
-    problems = []
+    problems, flags = [], settings.flags()
     for key, value in record.data.items():
         if saved.record.data.get(key) != value:
             problems.append(f"--dataset: {key} {saved.record.data.get(key)} when saved, {value} now")
     for key, value in record.model.items():
         if (old := saved.record.model.get(key, value)) != value:
-            problems.append(f"--pretrained: {key} {old} when saved, {value} now")
-    allowed = {OnResume.FREE}
+            flag = f" (--{key} sets it)" if key in flags else ""
+            problems.append(f"--pretrained: {key} {old} when saved, {value} now{flag}")
+    allowed = {OnResume.FREE, OnResume.SCHEDULE}  # `resume_schedule` looks at the latter
     if layout.changes_since(saved.record.layout):
         allowed.add(OnResume.WITH_LAYOUT)
-    flags = settings.flags()
     for name, value in record.arguments.items():
         if flags[name].on_resume in allowed:
             continue
@@ -112,37 +115,108 @@ def warn_of_later_checkpoints(output: OutputSettings, state: TrainState) -> None
         )
 
 
-def continue_at_same_row(
-    saved: SavedRun,
-    state: TrainState,
-    rows_per_step: int,
-    total_steps: int,
-    rows_per_epoch: Callable[[int], int],
-    num_epochs: int,
-) -> None:
+def continue_at_same_row(saved: SavedRun, state: TrainState, plan: RunPlan, num_epochs: int) -> None:
     """Adapts the position when a step now has another number of rows than when it was saved."""
     before = saved.record.rows_per_step
-    if before == rows_per_step:
+    if before == plan.rows_per_step:
         return
-    state.change_rows_per_step(rows_per_step, rows_per_epoch, num_epochs, total_steps)
+    _continue_at_row(state, plan, num_epochs)
     log(
-        f"A step has {rows_per_step} rows instead of {before}: "
-        f"{total_steps - state.schedule_offset} steps in all; warm-up and learning rate follow the rows"
+        f"A step has {plan.rows_per_step} rows instead of {before}: "
+        f"{plan.total_steps - state.schedule_offset} steps in all; warm-up and learning rate follow the rows"
     )
 
 
-def rescale_warmup(
-    schedule: LearningRateSchedule, warmup_steps: int | None, saved: SavedRun, rows_per_step: int
-) -> LearningRateSchedule:
-    """Warm-up steps that were given count rows once the run has begun: steps of another size scale them.
+def _continue_at_row(state: TrainState, plan: RunPlan, num_epochs: int) -> None:
+    state.change_rows_per_step(
+        plan.rows_per_step, plan.order.epoch_rows, num_epochs, plan.steps_in(num_epochs)
+    )
 
-    Args:
-        warmup_steps: as given; None for a share of all steps, which needs no scaling.
+
+def resume_schedule(
+    saved: SavedRun, settings: RunSettings, plan: RunPlan
+) -> tuple[LearningRateSchedule, dict[str, Any]]:
+    """The schedule of a run that continues: what the checkpoint had, where the flags have not changed.
+
+    Steps count rows once a run has begun: where a step has another number of them now, what the checkpoint
+    says is converted, and the steps that were done count for as much of the schedule as their rows do.
+
+    Returns:
+        The schedule, and the values of flags that were not given now and come from the checkpoint.
+
+    Raises:
+        UserError: with these flags, a step that was done would have had another learning rate.
     """
-    if warmup_steps is None:
-        return schedule
-    rows = saved.schedule["warmup_steps"] * saved.record.rows_per_step
-    return replace(schedule, warmup_steps=round(rows / rows_per_step))
+    declared = {name: each for name, each in settings.flags().items() if each.on_resume is OnResume.SCHEDULE}
+    values = settings.as_json()
+    now = {name: values[name] for name in declared}
+    old = {name: saved.record.arguments.get(name, each.default) for name, each in declared.items()}
+    state = replace(saved.state)
+    if (epochs := state.epoch + (state.position > 0)) > now["num_epochs"]:
+        raise UserError(
+            f"--num_epochs {now['num_epochs']}: {saved.checkpoint} is in epoch {epochs} of the run; give at "
+            f"least {epochs}"
+        )
+    taken = {"warmup_steps"} if now["warmup_steps"] is None else set()
+    if now["decay_start"] is None and old["decay_start"] is not None and now["lr_schedule"] == "wsd":
+        taken |= {"decay_start", "decay_steps"} if now["decay_steps"] is None else {"decay_start"}
+    kept = {name: old[name] for name in taken}
+    now.update(kept)
+    schedule = _continued(saved, old, now, plan)
+    was = LearningRateSchedule.from_json(saved.schedule)
+    if saved.record.rows_per_step != plan.rows_per_step:
+        was = _continued(saved, old, old, plan)
+        _continue_at_row(state, plan, old["num_epochs"])
+    if schedule == was:
+        if now["num_epochs"] != old["num_epochs"]:
+            warn(
+                f"--num_epochs {now['num_epochs']}: changes nothing, since the run ends with its decay, at "
+                f"step {schedule.total_steps:,} of the schedule"
+            )
+        return schedule, kept
+    changed = ", ".join(
+        f"--{name} {_shown(old[name])} -> {_shown(now[name])}" for name in declared if old[name] != now[name]
+    )
+    for step in range(state.step + state.schedule_offset):
+        if (then := was.at(step)) != (would := schedule.at(step)):
+            raise UserError(
+                f"--load_checkpoint {saved.checkpoint}: {changed}: the learning rate of steps that are done "
+                f"would change, first that of step {step + 1} of the schedule ({then:.6g} then, {would:.6g} "
+                "with these flags); give the flags that the run was started with, resume from a checkpoint "
+                "before that step, or start a new stage with --keep_optimizer"
+            )
+    log(f"The schedule changes from here on ({changed}): {schedule}, {schedule.total_steps:,} steps in all")
+    return schedule, kept
+
+
+def _continued(
+    saved: SavedRun, old: Mapping[str, Any], now: Mapping[str, Any], plan: RunPlan
+) -> LearningRateSchedule:
+    """The schedule of flags `now` in a run that was saved with `old`.
+
+    Steps that are given as they were come from the checkpoint, which has them in steps of its own.
+    """
+    before = LearningRateSchedule.from_json(saved.schedule)
+    data_steps = plan.steps_in(now["num_epochs"])
+    wanted = ScheduleSettings(**{each.name: now[each.name] for each in fields(ScheduleSettings)})
+    ratio = saved.record.rows_per_step / plan.rows_per_step
+    warmup_steps = now["warmup_steps"]
+    if warmup_steps == old["warmup_steps"]:
+        warmup_steps = round(before.warmup_steps * ratio)
+    if before.decay_start is not None:
+        if wanted.decay_steps is not None and wanted.decay_steps == old["decay_steps"]:
+            decay_steps = max(1, round((before.total_steps - before.decay_start) * ratio))
+            wanted = replace(wanted, decay_steps=decay_steps)
+        if wanted.decay_start is not None and wanted.decay_start == old["decay_start"]:
+            start = round(before.decay_start * ratio)
+            if ratio != 1:  # other rows are left out of the epochs, and rounding may put the end too late
+                start = min(start, data_steps - (wanted.decay_steps or 0))
+            wanted = replace(wanted, decay_start=start)
+    return make_schedule(wanted, plan.schedule.peak, warmup_steps, data_steps)
+
+
+def _shown(value: Any) -> Any:
+    return "default" if value is None else value
 
 
 def check_adapter_base(now: dict[str, Any], saved: SavedRun | None, pretrained: str) -> None:

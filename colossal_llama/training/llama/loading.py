@@ -11,6 +11,7 @@ import torch
 
 from colossal_llama.model.model_config import (
     GENERATION_CONFIG_FILE,
+    find_context_length,
     find_model_file,
     load_model_config,
     outside_vocabulary,
@@ -44,6 +45,17 @@ def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
             "this suite does not apply; set it to 0.0 (no LLaMA was trained with it)"
         )
     return config
+
+
+def find_too_long_rows(config: LlamaConfig, max_length: int) -> list[str]:
+    """Rows that have more tokens than the model has positions."""
+    positions = find_context_length(config)
+    if max_length <= positions:
+        return []
+    return [
+        f"--max_length {max_length}: the model has {positions} positions; give at most {positions}, or make "
+        "its context longer with --rope_theta or --rope_scaling, and --max_position_embeddings"
+    ]
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

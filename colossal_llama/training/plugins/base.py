@@ -265,6 +265,7 @@ class Plugin(ABC):
         from colossal_llama.training.llama.forward import install_forwards
         from colossal_llama.training.llama.weight_checks import check_weights_survived, weight_sums
         from colossal_llama.upstream.rotary_frequencies import restore_rotary_frequencies
+        from colossal_llama.upstream.rotary_lengths import rotate_documents_alone
 
         self.causal_lm, self.peft_model = causal_lm, model
         self.embedding_noise = noise
@@ -288,6 +289,7 @@ class Plugin(ABC):
             row_losses=self.row_losses,
         )
         restore_rotary_frequencies(causal_lm)
+        rotate_documents_alone(causal_lm)
         if not self.places_parameters_itself:
             self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
             check_weights_survived(model, self.loaded_sums, self.tensor_group, self.parameter_dtype)

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from colossal_llama.inference.loading import choose_dtype, find_context_length, load_model, resolve_device
+from colossal_llama.inference.loading import choose_dtype, load_model, resolve_device
 from colossal_llama.inference.settings import ModelSettings
+from colossal_llama.model.model_config import find_context_length
 from colossal_llama.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -242,6 +243,8 @@ def test_dtype_on_the_cpu() -> None:
         (None, 4096),
         ({"rope_type": "linear", "factor": 4.0}, 16384),
         ({"type": "dynamic", "factor": 2.0}, 8192),
+        ({"rope_type": "yarn", "factor": 2.0}, 8192),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}, 4096),
         (
             {
                 "rope_type": "llama3",

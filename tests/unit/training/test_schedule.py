@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plugin_cases import make_config, plugin_of
 
-from colossal_llama.training.schedule import LearningRateSchedule
+from colossal_llama.training.arguments import build_parser, parse_settings
+from colossal_llama.training.plan import make_plan
+from colossal_llama.training.reporting.rate_chart import HEIGHT, WIDTH, draw_rate
+from colossal_llama.training.schedule import LearningRateSchedule, find_misfits
 
 
 def expected(peak: float, warmup: int, total: int, step: int) -> float:
@@ -54,3 +59,123 @@ def test_equals_torchs_cosine_annealing_after_warm_up() -> None:
         assert ours.at(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-6)
         optimizer.step()
         theirs.step()
+
+
+@st.composite
+def schedule_flags(draw: st.DrawFn) -> tuple[dict[str, object], int]:
+    """Flags of a schedule that fits, and the optimizer steps that the data has."""
+    flags: dict[str, object] = {"num_epochs": draw(st.integers(1, 3)), "lr": draw(st.floats(1e-7, 1.0))}
+    total = flags["num_epochs"] * draw(st.integers(1, 120))
+    flags["lr_schedule"] = draw(st.sampled_from(["cosine", "linear", "constant", "wsd"]))
+    flags["min_lr_ratio"] = draw(st.sampled_from([0.0, 0.1, 0.37, 1.0]) | st.floats(0, 1))
+    warmup = int(0.025 * total)
+    if draw(st.booleans()):
+        flags["warmup_steps"] = warmup = draw(st.integers(0, total - 1))
+    if flags["lr_schedule"] == "wsd":
+        flags["decay_shape"] = draw(st.sampled_from(["sqrt", "linear", "cosine"]))
+        decay = max(1, round(0.1 * total))
+        if decay > total - warmup or draw(st.booleans()):
+            flags["decay_steps"] = decay = draw(st.integers(1, total - warmup))
+        if draw(st.booleans()):
+            flags["decay_start"] = draw(st.integers(warmup, total - decay))
+    return flags, total
+
+
+def rate_as_documented(flags: dict[str, object], total: int) -> tuple[Callable[[int], float], int]:
+    """The rate of step k, and the number of steps, written from the documentation alone."""
+    w = flags.get("warmup_steps", total * 25 // 1000)
+    kind, ratio = flags["lr_schedule"], flags["min_lr_ratio"]
+    begin, end, shape = w, total, kind
+    if kind == "wsd":
+        length = flags.get("decay_steps", max(1, round(total / 10)))
+        begin = flags.get("decay_start", total - length)
+        end, shape = begin + length, flags["decay_shape"]
+
+    def rate(k: int) -> float:
+        if k < w:
+            return flags["lr"] * (k + 1) / w
+        if kind == "constant" or k < begin:
+            return flags["lr"]
+        p = (k - begin) / (end - begin)
+        fall = {"linear": p, "sqrt": p**0.5, "cosine": math.sin(math.pi * p / 2) ** 2}[shape]
+        return flags["lr"] * (1 - (1 - ratio) * fall)
+
+    return rate, end
+
+
+@given(schedule_flags())
+def test_every_step_has_the_documented_rate(drawn: tuple[dict[str, object], int]) -> None:
+    flags, total = drawn
+    rows = 8 * total // flags["num_epochs"]
+    plugin = plugin_of(" ".join(f"--{name} {value!r}" for name, value in flags.items()).replace("'", ""), 1)
+    plan = make_plan(plugin, make_config(), range_of_rows(rows))
+    rate, end = rate_as_documented(flags, total)
+    assert (plan.data_steps, plan.total_steps) == (total, end)
+    assert find_misfits(plan.schedule, plan.data_steps) == []
+    for step in range(end):
+        assert plan.schedule.at(step) == pytest.approx(rate(step), rel=1e-9)
+    again = LearningRateSchedule.from_json(plan.schedule.to_json())
+    assert again == plan.schedule
+
+
+def range_of_rows(count: int):
+    from colossal_llama.training.data.random_rows import RandomRows
+
+    return RandomRows(count, 8, 128, 0)
+
+
+@given(schedule_flags())
+def test_the_chart_has_a_mark_for_every_column(drawn: tuple[dict[str, object], int]) -> None:
+    flags, total = drawn
+    plugin = plugin_of(" ".join(f"--{name} {value!r}" for name, value in flags.items()).replace("'", ""), 1)
+    schedule = make_plan(plugin, make_config(), range_of_rows(8 * total // flags["num_epochs"])).schedule
+    title, *rows, axis, labels = draw_rate(schedule).splitlines()
+    assert (title, len(rows)) == ("learning rate by step", HEIGHT)
+    columns = min(WIDTH, schedule.total_steps)
+    assert axis.count("-") == columns
+    marks = [line.partition("|")[2].ljust(columns) for line in rows]
+    for column in range(columns):
+        assert "".join(mark[column] for mark in marks).count("*") == 1
+    assert labels.split() == ["0", f"{schedule.total_steps - 1:,}"]
+
+
+def test_the_chart_of_a_stable_phase_and_its_decay() -> None:
+    chart = draw_rate(LearningRateSchedule(3e-4, 0, 100, "linear", 0.0, decay_start=90)).splitlines()
+    assert chart[1] == " 3.0e-04 |" + "*" * 65
+    assert chart[-3].startswith(" 0.0e+00 |")
+    assert chart[-1].split() == ["0", "99"]
+
+
+def test_a_constant_rate_is_exactly_the_peak() -> None:
+    """So that a branch from it leaves the past as it was."""
+    for shape in ("sqrt", "linear", "cosine"):
+        schedule = LearningRateSchedule(3e-4, 3, 50, shape, min_ratio=0.37, decay_start=40)
+        flat = LearningRateSchedule(3e-4, 3, 50, "constant")
+        assert [schedule.at(step) for step in range(41)] == [flat.at(step) for step in range(41)]
+        assert schedule.at(41) < flat.at(41)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--decay_start 8 --decay_steps 3", "--decay_start 8: .* ends at step 11, but the data has only 10"),
+        ("--decay_steps 9 --warmup_steps 2", "decay of 9 steps begins at step 1, before the 2 steps of"),
+        ("--decay_steps 11", "decay of 11 steps begins at step -1"),
+        ("--warmup_steps 10", "decay of 1 steps begins at step 9, before the 10 steps of warm-up"),
+    ],
+)
+def test_a_decay_that_does_not_fit(flags: str, problem: str) -> None:
+    import re
+
+    plan = make_plan(plugin_of(f"--lr_schedule wsd {flags}", 1), make_config(), range_of_rows(80))
+    (found,) = find_misfits(plan.schedule, plan.data_steps)
+    assert re.search(problem, found)
+
+
+@pytest.mark.parametrize("flag", ["--decay_steps 3", "--decay_start 3"])
+def test_flags_of_a_decay_need_wsd(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_settings(["--pretrained", "some/model", "--benchmark", *flag.split()])
+    assert f"{flag}: only for --lr_schedule wsd, not cosine" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--min_lr_ratio", "1.5"])

@@ -67,6 +67,15 @@ DEFAULTS = {
     "weight_decay": 0.1,
     "grad_clip": 1.0,
     "warmup_steps": None,
+    "lr_schedule": "cosine",
+    "min_lr_ratio": 0.1,
+    "decay_steps": None,
+    "decay_start": None,
+    "decay_shape": "sqrt",
+    "rope_theta": None,
+    "rope_scaling": None,
+    "max_position_embeddings": None,
+    "keep_optimizer": False,
     "freeze_non_embeds_params": False,
     "lora_rank": 0,
     "lora_embeddings": None,
@@ -113,7 +122,9 @@ def test_aliases(names: tuple[str, str], value: str, expected: float) -> None:
         assert getattr(parse(f"{name}={value}"), dest) == expected
 
 
-FLAGS = [name for name, default in DEFAULTS.items() if default is False and name != "benchmark"]
+# Benchmarks continue nothing.
+NOT_HERE = ("benchmark", "keep_optimizer")
+FLAGS = [name for name, default in DEFAULTS.items() if default is False and name not in NOT_HERE]
 # What a flag needs beside it to be accepted.
 COMPANIONS = {
     "merge_lora": "--plugin zero2 --lora_rank 8",
