@@ -8,6 +8,7 @@ et al. 2020 (arXiv:1910.02054) and what colossalai's optimizers hold; each plugi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,12 +36,14 @@ class ParameterCounts:
         trainable: those with gradients and optimizer state.
         linear: those of linear layers, the head included; what autocast copies to half precision.
         largest: of the largest tensor.
+        tensors: of each tensor that trains, in the model's order, for plugins that ask for them.
     """
 
     total: int
     trainable: int
     linear: int
     largest: int
+    tensors: tuple[int, ...] = ()
 
 
 def count_parameters(config: LlamaConfig) -> int:
@@ -90,6 +93,20 @@ def _lora_parameters(config: LlamaConfig, rank: int) -> int:
     return config.num_hidden_layers * sum(
         rank * (inputs + outputs) for inputs, outputs, *_ in _projections(config)
     )
+
+
+def trained_tensors(config: LlamaConfig, adaptation: AdaptationSettings) -> tuple[int, ...]:
+    """Elements of each tensor of the whole model that trains, in the order of `parameters()`."""
+    width = config.hidden_size
+    embedding = config.vocab_size * width
+    head = () if config.tie_word_embeddings else (embedding,)
+    if adaptation.freeze_non_embeds_params:
+        return (embedding, *head)
+    layer: list[int] = []
+    for inputs, outputs, has_bias, _ in _projections(config):
+        layer += [inputs * outputs, outputs] if has_bias else [inputs * outputs]
+    layer += [width, width]
+    return (embedding, *layer * config.num_hidden_layers, width, *head)
 
 
 def count_held_parameters(
@@ -196,6 +213,15 @@ def estimate_sliced_states(
         "communication": value * (2 * bucket + -(-bucket // shards)),
         **({"host": sum(on_device.values())} if offloads else on_device),
     }
+
+
+def pinned_bytes(sizes: Iterable[int]) -> int:
+    """Pinned host memory for blocks of `sizes` bytes: torch rounds each up to a power of two.
+
+    >>> pinned_bytes([4, 5])
+    12
+    """
+    return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 def activation_bytes_per_token(plugin: Plugin, config: LlamaConfig) -> int:

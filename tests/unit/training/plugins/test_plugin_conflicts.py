@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from plugin_cases import model_problems as problems
+from plugin_cases import plugin_of
 
-from colossal_llama.training.plugins import base
+from colossal_llama.training.plugins import PLUGINS, base
 
 
-def test_gemini_needs_a_gpu_but_can_be_planned_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (problem,) = problems("--plugin gemini_auto", 2)
-    assert problem.startswith("--plugin gemini_auto: runs on GPUs only")
-    assert "use zero2, ddp or 3d on a CPU" in problem
-    assert problems("--plugin gemini_auto --dry_run", 2) == []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert problems("--plugin gemini_auto", 2) == []
+@pytest.mark.parametrize("plugin", PLUGINS)
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_every_plugin_trains_on_every_machine(
+    plugin: str, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert problems(f"--plugin {plugin}", 2) == []
+    assert plugin_of(f"--plugin {plugin}", 2).doubts() == []
 
 
 def test_flash_attention_needs_its_package_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
