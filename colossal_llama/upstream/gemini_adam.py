@@ -37,9 +37,9 @@ class DividingAdamW(torch.optim.AdamW):
 
     def _update(self, parameter: torch.Tensor, group: dict[str, Any], div_scale: float) -> None:
         # One parameter at a time: the fp32 gradient of no more than one exists.
-        gradient = parameter.grad.float()
+        gradient = parameter.grad.to(torch.float32, copy=True)
         if div_scale > 0:
-            gradient = gradient / div_scale
+            gradient.div_(div_scale)
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

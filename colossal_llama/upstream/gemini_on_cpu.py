@@ -64,10 +64,11 @@ def _present_accelerator_as_cuda() -> None:
 
 
 def _move_chunks_by_index() -> None:
-    """Replaces what decides by `device.type` where a chunk's shard goes.
+    """Replaces what decides by `device.type` where a chunk's shard goes, by the same rules.
 
     As on a GPU, a shard is in `cuda_shard` or in `cpu_shard` and the other is None, so code that has not
-    moved a chunk before it uses it fails here too.
+    moved a chunk before it uses it fails here too. (Pinned chunks keep their `cpu_shard`; there are none on a
+    CPU but in tests.)
     """
     from colossalai.zero.gemini.chunk import Chunk, ChunkManager
 
@@ -82,18 +83,25 @@ def _move_chunks_by_index() -> None:
         self: Chunk, device: torch.device, force_copy: bool = False, non_blocking: bool = False
     ) -> None:
         assert not self.is_gathered
-        assert not self.pin_memory, "pinned memory is for GPUs"
-        if device == HOST:
-            assert self.optim_sync_flag, "the weights of this step are in the master chunk alone"
-            if self.cuda_shard is not None:
-                self.cpu_shard, self.cuda_shard = self.cuda_shard.clone(), None
-            return
         if not self.optim_sync_flag:  # the optimizer ran on the host and changed the master chunk alone
+            assert device == DEVICE, "the weights of this step are in the master chunk alone"
             self.cuda_shard = self.paired_chunk.cpu_shard.to(self.dtype)
             self.optim_sync_flag = True
-        elif self.cuda_shard is None:
-            self.cuda_shard = self.cpu_shard.clone()
-        self.cpu_shard = None
+        elif device == DEVICE:
+            if self.cuda_shard is None:
+                self.cuda_shard = self.cpu_shard.clone()
+        else:
+            if self.cuda_shard is None:
+                return
+            if not self.pin_memory:
+                self.cpu_shard = self.cuda_shard.clone()
+            elif force_copy or not self.cpu_vis_flag:
+                self.cpu_shard.copy_(self.cuda_shard)
+            self.cpu_vis_flag = True
+            self.cuda_shard = None
+            return
+        if not self.pin_memory:
+            self.cpu_shard = None
 
     def move_chunk(
         self: ChunkManager,
@@ -106,7 +114,7 @@ def _move_chunks_by_index() -> None:
         if not chunk.can_move or is_on_device == (device == DEVICE):
             return
         before = chunk.memory_usage
-        chunk.shard_move(device)
+        chunk.shard_move(device, force_copy)
         for place, size in chunk.memory_usage.items():
             self.total_mem[place] += size - before[place]
 

@@ -24,6 +24,7 @@ from colossal_llama.upstream.gemini_adam import DividingAdamW, let_gemini_take_t
 from colossal_llama.upstream.gemini_memory_samples import count_memory_samples_anew
 from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus
 from colossal_llama.upstream.gemini_skipped_step import forget_gradients_of_skipped_steps
+from colossal_llama.upstream.gemini_training_mode import set_mode_of_wrapped_model
 from colossal_llama.upstream.lean_imports import lean_imports
 from colossal_llama.upstream.loss_scale import BackwardLossScale
 from colossal_llama.upstream.pickled_code import refuse_pickled_code
@@ -392,6 +393,17 @@ def samples_after_an_evaluation(directory: Path, cured: bool = False) -> str:
     return RIGHT if index == 0 else f"the next sample is number {index}"
 
 
+def mode_of_a_wrapped_model(directory: Path, cured: bool = False) -> str:
+    if cured:
+        set_mode_of_wrapped_model()
+    _, model, _ = boost_gemini()
+    modes = []
+    for set_mode in (model.eval, model.train):
+        set_mode()
+        modes.append((model.training, model.module.training, model.module.model.training))
+    return RIGHT if modes == [(False,) * 3, (True,) * 3] else f"modes: {modes}"
+
+
 def evaluation_before_training(directory: Path) -> str:
     _, model, _ = boost_gemini(placement="auto")
     with torch.no_grad():
@@ -438,7 +450,12 @@ AFTER = (
     padded_vocabulary_model,
     padded_vocabulary_optimizer,
 )
-GEMINI = (torch_adam_for_gemini, step_after_an_overflow, samples_after_an_evaluation)
+GEMINI = (
+    torch_adam_for_gemini,
+    step_after_an_overflow,
+    samples_after_an_evaluation,
+    mode_of_a_wrapped_model,
+)
 GEMINI_BY_DESIGN = (evaluation_before_training, exported_weights)
 
 

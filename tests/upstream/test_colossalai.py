@@ -34,6 +34,7 @@ DEFECTS = {
     "torch_adam_for_gemini": ("gemini_adam", "in the available list"),
     "step_after_an_overflow": ("gemini_skipped_step", r"overflows: \[False, True, True\]"),
     "samples_after_an_evaluation": ("gemini_memory_samples", "the next sample is number"),
+    "mode_of_a_wrapped_model": ("gemini_training_mode", r"modes: \[\(False, True, False\)"),
     "evaluation_before_training": ("training/plugins/gemini.py", "run a completed iteration"),
     "exported_weights": ("training/plugins/gemini.py", "weights are as before the step"),
 }
@@ -53,6 +54,7 @@ CURED = (
     "torch_adam_for_gemini",
     "step_after_an_overflow",
     "samples_after_an_evaluation",
+    "mode_of_a_wrapped_model",
 )
 
 

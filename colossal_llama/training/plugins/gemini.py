@@ -36,6 +36,7 @@ from colossal_llama.upstream.gemini_adam import DividingAdamW, let_gemini_take_t
 from colossal_llama.upstream.gemini_memory_samples import count_memory_samples_anew
 from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus
 from colossal_llama.upstream.gemini_skipped_step import forget_gradients_of_skipped_steps
+from colossal_llama.upstream.gemini_training_mode import set_mode_of_wrapped_model
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -82,6 +83,8 @@ class GeminiPlugin(Plugin):
             "moments": MOMENT_BYTES * -(-counts.trainable // world_size),
             # The chunks of an operation, whole, and that of a gradient.
             "communication": value * (largest_neighbours(chunks) + accumulates * max(chunks)),
+            # The optimizer's, of one slice at a time.
+            "step_copies": FP32_BYTES * max(chunks) // world_size,
         }
 
     def _deal(self, sizes: tuple[int, ...]) -> list[int]:
@@ -95,6 +98,7 @@ class GeminiPlugin(Plugin):
 
         forget_gradients_of_skipped_steps()
         count_memory_samples_anew()
+        set_mode_of_wrapped_model()
         let_gemini_take_torch_adam()
         if not self.on_gpu:
             let_gemini_run_on_cpus()
@@ -143,8 +147,9 @@ class GeminiPlugin(Plugin):
             if not parameter.requires_grad and dist.get_rank() == 0:  # whole on every process
                 held = parameter.data
             if held is not None:
-                values = held.detach().double()
-                sums[row] = torch.stack([values.sum(), values.abs().sum()])
+                values = held.detach()
+                sums[row, 0] = values.sum(dtype=torch.float64)
+                sums[row, 1] = torch.linalg.vector_norm(values, ord=1, dtype=torch.float64)
         dist.all_reduce(sums)
         for name, (total, magnitude) in zip(names, sums.tolist(), strict=True):
             check_sum(name, total, magnitude, self.loaded_sums[name], self.parameter_dtype)
@@ -199,7 +204,8 @@ class GeminiAutoPlugin(GeminiPlugin):
         pinned = pinned_bytes(size * shard for size in held for shard in shards)
         frozen = self.value_bytes * (counts.total - counts.trainable)
         # Gathered chunks are all that has to be on the device.
-        return {"weights": frozen + states["communication"], "host": pinned + states["moments"]}
+        on_host = pinned + states["moments"] + states["step_copies"]
+        return {"weights": frozen + states["communication"], "host": on_host}
 
     def memory_notes(self) -> list[str]:
         return [
