@@ -19,18 +19,10 @@ import torch
 DEVICE, HOST = torch.device("cpu", 0), torch.device("cpu")
 
 
-def let_gemini_run_on_cpus(device_bytes: int | None = None) -> None:
-    """Call it before Gemini's plugin is made, once or often; not where CUDA is available.
-
-    Args:
-        device_bytes: memory of the pretended GPU, which the placement "auto" fills before it moves chunks to
-            the host; None for this process's share of the machine's memory.
-    """
+def let_gemini_run_on_cpus() -> None:
+    """Call it before Gemini's plugin is made, once or often; not where CUDA is available."""
     import colossalai.zero.gemini
-    from colossalai.legacy.utils import memory
 
-    capacity = _share_of_machine() if device_bytes is None else device_bytes
-    memory.colo_device_memory_capacity = lambda device: capacity
     if getattr(colossalai.zero.gemini, "_runs_on_cpus", False):
         return
     _present_accelerator_as_cuda()
@@ -39,10 +31,18 @@ def let_gemini_run_on_cpus(device_bytes: int | None = None) -> None:
     colossalai.zero.gemini._runs_on_cpus = True
 
 
-def _share_of_machine() -> int:
-    import psutil
+def pretend_device_memory(device_bytes: int | None = None) -> None:
+    """Says what the placement "auto" fills before it moves chunks to the host.
 
-    return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    Args:
+        device_bytes: of the pretended GPU; None for this process's share of the machine's memory.
+    """
+    import psutil
+    from colossalai.legacy.utils import memory
+
+    share = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    capacity = share if device_bytes is None else device_bytes
+    memory.colo_device_memory_capacity = lambda device: capacity
 
 
 def _present_accelerator_as_cuda() -> None:

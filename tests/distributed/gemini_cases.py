@@ -30,7 +30,7 @@ from colossal_llama.training.llama.adapters import freeze_all_but_embeddings
 from colossal_llama.training.llama.embedding_noise import EmbeddingNoise
 from colossal_llama.training.plugins import base, find_plugin
 from colossal_llama.upstream.cpu_training import enable_cpu_training
-from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus
+from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus, pretend_device_memory
 from colossal_llama.upstream.lean_imports import lean_imports
 
 RIGHT = "right"
@@ -88,8 +88,8 @@ def boost(
     plugin = find_plugin(name)(parse_settings(words.split()), dist.get_world_size())
     assert not plugin.conflicts(), plugin.conflicts()
     plugin.start()
-    if name in GEMINI:
-        let_gemini_run_on_cpus(device_bytes)
+    if name == "gemini_auto":
+        pretend_device_memory(device_bytes)
         plugin.booster_plugin.gemini_config["warmup_non_model_data_ratio"] = 0.5
     model = make_model(**kwargs) if model is None else model
     adaptation = plugin.settings.adaptation

@@ -22,7 +22,7 @@ from colossal_llama.training.llama.attention import install_attention
 from colossal_llama.upstream.cpu_training import enable_cpu_training
 from colossal_llama.upstream.gemini_adam import DividingAdamW, let_gemini_take_torch_adam
 from colossal_llama.upstream.gemini_memory_samples import count_memory_samples_anew
-from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus
+from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus, pretend_device_memory
 from colossal_llama.upstream.gemini_skipped_step import forget_gradients_of_skipped_steps
 from colossal_llama.upstream.gemini_training_mode import set_mode_of_wrapped_model
 from colossal_llama.upstream.lean_imports import lean_imports
@@ -483,6 +483,7 @@ def main() -> None:
     look(AFTER)
     look((gemini_on_a_cpu,))
     let_gemini_run_on_cpus()
+    pretend_device_memory()
     look((gemini_on_a_cpu,), " cured")
     look((*GEMINI, *GEMINI_BY_DESIGN))
     look(GEMINI, " cured", cured=True)

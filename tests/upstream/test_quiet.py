@@ -54,7 +54,6 @@ MESSAGES = {
     "colossalai.utils.safetensors": "tensornvme",
     "colossalai.shardformer.layer.normalization": "install apex from source",
     "colossalai.zero.gemini.chunk.chunk": "tensor.storage()",
-    "colossalai.legacy.registry.__init__": "import torch.distributed.optim",
     "bitsandbytes.backends.cpu.ops": "logger.warning(",
 }
 

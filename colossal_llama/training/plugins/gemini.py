@@ -34,7 +34,7 @@ from colossal_llama.training.plugins.gemini_chunks import (
 )
 from colossal_llama.upstream.gemini_adam import DividingAdamW, let_gemini_take_torch_adam
 from colossal_llama.upstream.gemini_memory_samples import count_memory_samples_anew
-from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus
+from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus, pretend_device_memory
 from colossal_llama.upstream.gemini_skipped_step import forget_gradients_of_skipped_steps
 from colossal_llama.upstream.gemini_training_mode import set_mode_of_wrapped_model
 
@@ -97,7 +97,6 @@ class GeminiPlugin(Plugin):
         from colossalai.booster.plugin import GeminiPlugin as ColossalaiGeminiPlugin
 
         forget_gradients_of_skipped_steps()
-        count_memory_samples_anew()
         set_mode_of_wrapped_model()
         let_gemini_take_torch_adam()
         if not self.on_gpu:
@@ -212,6 +211,12 @@ class GeminiAutoPlugin(GeminiPlugin):
             "gemini_auto: the least that it needs; weights stay on the device while there is room.",
             "Its blocks of CPU memory are pinned, and rounded up to powers of two.",
         ]
+
+    def make_booster_plugin(self) -> Any:
+        count_memory_samples_anew()
+        if not self.on_gpu:
+            pretend_device_memory()
+        return super().make_booster_plugin()
 
     def evaluate_pass(self, batch: Batch) -> torch.Tensor:
         if self.model.gemini_manager.is_warmup():
