@@ -108,8 +108,7 @@ def read_other_layout(directory: Path, plugin: Plugin) -> None:
     saved = SavedOptimizer(directory)
     place = plugin.shard_coordinates()
     for name, (parameter, master) in plugin.master_weights().items():
-        dim, offset = tensor_parallel_dim(parameter), plugin.slice_offset(parameter)
-        begin = place.zero_rank * master.numel() if offset is None else offset
+        dim, begin = tensor_parallel_dim(parameter), plugin.slice_begin(parameter, master)
         values = {
             kind: cut_slice(
                 cut_part(saved.whole(name, kind), tuple(parameter.shape), dim, place.tensor_rank),

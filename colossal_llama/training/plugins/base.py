@@ -410,6 +410,11 @@ class Plugin(ABC):
         """
         return None
 
+    def slice_begin(self, parameter: nn.Parameter, master: torch.Tensor) -> int:
+        """Where `master` begins in the flattened parameter, or part of it, that it is a slice of."""
+        offset = self.slice_offset(parameter)
+        return self.shard_coordinates().zero_rank * master.numel() if offset is None else offset
+
     def loss_scale_state(self) -> dict[str, float]:
         """The fp16 loss scaler's state, JSON-able; empty in other precisions."""
         return {} if self.loss_scale is None else self.loss_scale.state()

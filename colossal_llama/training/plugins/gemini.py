@@ -45,12 +45,18 @@ if TYPE_CHECKING:
 
 
 class GeminiPlugin(Plugin):
-    """Chunks stay on the device."""
+    """Chunks stay on the device.
+
+    Attributes:
+        placement_policy: colossalai's name of where chunks are.
+        pins_memory: chunks on the host are in pinned memory, on machines with a GPU.
+    """
 
     name = "gemini"
     placement_policy: ClassVar[str] = "static"
     needs_whole_logits = True
     spreads_weights = True
+    pins_memory: ClassVar[bool] = False
 
     # ------------------------------------------------------------------ before a run
 
@@ -113,8 +119,6 @@ class GeminiPlugin(Plugin):
             enable_async_reduce=False,
         )
 
-    pins_memory: ClassVar[bool] = False
-
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return DividingAdamW(parameters, **self.adam_settings)
 
@@ -127,7 +131,7 @@ class GeminiPlugin(Plugin):
         }
         super().boost(model, causal_lm, noise)
 
-    def find_masters(self) -> None:
+    def _find_masters(self) -> None:
         """Looks up which slices this process holds: parameter -> (what the optimizer updates, offset)."""
         optimizer = self.optimizer
         self._masters: dict[nn.Parameter, tuple[nn.Parameter, int]] = {}
@@ -138,7 +142,7 @@ class GeminiPlugin(Plugin):
     def check_weights(self) -> None:
         from colossal_llama.training.llama.weight_checks import check_sum
 
-        self.find_masters()
+        self._find_masters()
         names = list(self.parameter_names.values())
         sums = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
         for row, parameter in enumerate(self.parameter_names):
