@@ -9,7 +9,6 @@ its optimizer state lives.
 from __future__ import annotations
 
 import contextlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -346,7 +345,7 @@ class Plugin(ABC):
         if self.loss_scale is not None:
             skipped = self.loss_scale.found_overflow
             # Of a step that was left out, colossalai returns the norm of the one before.
-            norm = math.inf if skipped else norm / self.loss_scale.used
+            norm = float("inf") if skipped else norm / self.loss_scale.used
         self.optimizer.zero_grad()
         return norm, skipped
 
