@@ -120,7 +120,7 @@ class GeminiPlugin(Plugin):
         )
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return DividingAdamW(parameters, **self.adam_settings)
+        return DividingAdamW(parameters, fused=True, **self.adam_settings)
 
     def boost(self, model: nn.Module, causal_lm: nn.Module, noise: EmbeddingNoise | None) -> None:
         sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
