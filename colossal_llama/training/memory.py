@@ -61,7 +61,7 @@ def trained_tensors(config: LlamaConfig, adaptation: AdaptationSettings) -> tupl
     if adaptation.freeze_non_embeds_params:
         return (embedding, *head)
     layer: list[int] = []
-    for inputs, outputs, has_bias, _ in _projections(config):
+    for inputs, outputs, has_bias, _ in projections(config):
         layer += [inputs * outputs, outputs] if has_bias else [inputs * outputs]
     layer += [width, width]
     return (embedding, *layer * config.num_hidden_layers, width, *head)
