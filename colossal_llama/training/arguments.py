@@ -62,7 +62,7 @@ def find_conflicts(settings: RunSettings) -> list[str]:
 
 
 def _find_misuse_of_keeping(settings: RunSettings) -> list[str]:
-    output, plugin = settings.output, settings.layout.plugin
+    output = settings.output
     if not output.keep_optimizer:
         return []
     problems = []
@@ -73,8 +73,6 @@ def _find_misuse_of_keeping(settings: RunSettings) -> list[str]:
         problems.append(
             f"--keep_optimizer: starts a new stage with the optimizer of a step directory; {remedy}"
         )
-    if not find_plugin(plugin).saves_by_parameter:
-        problems.append(f"--keep_optimizer: --plugin {plugin} can't read another run's; use zero2, ddp or 3d")
     return problems
 
 

@@ -37,18 +37,34 @@ class ParameterCounts:
         trainable: those with gradients and optimizer state.
         linear: those of linear layers, the head included; what autocast copies to half precision.
         largest: of the largest tensor.
+        tensors: of each tensor that trains, in the model's order, for plugins that ask for them.
     """
 
     total: int
     trainable: int
     linear: int
     largest: int
+    tensors: tuple[int, ...] = ()
 
 
 def _lora_parameters(config: LlamaConfig, rank: int) -> int:
     return config.num_hidden_layers * sum(
         rank * (inputs + outputs) for inputs, outputs, *_ in projections(config)
     )
+
+
+def trained_tensors(config: LlamaConfig, adaptation: AdaptationSettings) -> tuple[int, ...]:
+    """Elements of each tensor of the whole model that trains, in the order of `parameters()`."""
+    width = config.hidden_size
+    embedding = config.vocab_size * width
+    head = () if config.tie_word_embeddings else (embedding,)
+    if adaptation.freeze_non_embeds_params:
+        return (embedding, *head)
+    layer: list[int] = []
+    for inputs, outputs, has_bias, _ in projections(config):
+        layer += [inputs * outputs, outputs] if has_bias else [inputs * outputs]
+    layer += [width, width]
+    return (embedding, *layer * config.num_hidden_layers, width, *head)
 
 
 def count_held_parameters(

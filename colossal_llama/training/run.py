@@ -154,7 +154,7 @@ class Run:
             for message in kernel_warnings(self.plugin):
                 warn(message)
             files = self._prepare_files_together(start)
-            self.boost(start, files)
+            self.boost(start)
             base = self._check_adapter_base(start.adapter_run, self.plugin.loaded_sums)
             record = replace(record, adapter_base=base)
             writer = self.make_writer(record, files)
@@ -178,16 +178,10 @@ class Run:
 
     # ------------------------------------------------------------------ parts of `train`, for benchmarks too
 
-    def boost(self, start: StartingPoint = StartingPoint(), files: ModelFiles | None = None) -> None:
-        """Loads the weights, decides what trains, and hands the model to the plugin.
-
-        Args:
-            files: the model gets their generation configuration, which Gemini saves by itself.
-        """
+    def boost(self, start: StartingPoint = StartingPoint()) -> None:
+        """Loads the weights, decides what trains, and hands the model to the plugin."""
         adaptation, seed = self.settings.adaptation, self.settings.optimizer.seed
         causal_lm = model = self._load_model(start)
-        if files is not None:
-            causal_lm.generation_config = files.generation_config
         if adaptation.freeze_non_embeds_params:
             freeze_all_but_embeddings(causal_lm)
         if adaptation.lora_rank:

@@ -40,6 +40,9 @@ Other defects are cured by how a part of the suite is made, so they have no file
                                      without apex are None; HybridAdam needs nvcc (torch's
                                      AdamW is used)
     training/plugins/ddp.py          colossalai: no mixed precision, no clipping                 colossalai
+    training/plugins/gemini.py       colossalai: exports of Gemini are out of date where the       colossalai
+                                     optimizer is on the host, name a tied head twice; the
+                                     placement "auto" evaluates after a first step only
     training/plugins/hybrid.py       colossalai: in a pipeline, nothing waits for reductions     - (a GPU)
                                      that overlap with the backward pass
                                      colossalai: ZeRO fails on a stage without parameters that   colossalai

@@ -1,7 +1,7 @@
 """fp16 gradients are divided by a loss scale that may have grown since they were computed.
 
-Broken in: colossalai 0.5.0, low-level ZeRO and the 3d plugin's optimizers. `should_skip_step` looks for an
-overflow and updates the scale before the gradients are unscaled.
+Broken in: colossalai 0.5.0, the optimizers of low-level ZeRO, of the 3d plugin and of Gemini.
+`should_skip_step` looks for an overflow and updates the scale before the gradients are unscaled.
 Shows as: every growth interval (1,000 steps) one step is half as long as it should be.
 Cure: remember the scale that the backward pass used, and unscale by that.
 """
@@ -9,6 +9,9 @@ Cure: remember the scale that the backward pass used, and unscale by that.
 from __future__ import annotations
 
 from typing import Any
+
+# Of low-level ZeRO, of the 3d plugin without ZeRO, and of Gemini.
+_SCALING_ATTRIBUTES = ("mixed_precision_mixin", "mixed_precision", "mix_precision_mixin")
 
 
 class BackwardLossScale:
@@ -39,10 +42,11 @@ class BackwardLossScale:
     @classmethod
     def find(cls, optimizer: Any) -> BackwardLossScale | None:
         """The scaler of an optimizer; None where nothing is scaled."""
-        scaling = getattr(optimizer, "mixed_precision_mixin", None) or getattr(
-            optimizer, "mixed_precision", None
-        )
-        return cls(scaling) if hasattr(scaling, "grad_scaler") else None
+        for name in _SCALING_ATTRIBUTES:
+            scaling = getattr(optimizer, name, None)
+            if hasattr(scaling, "grad_scaler"):
+                return cls(scaling)
+        return None
 
     @property
     def found_overflow(self) -> bool:

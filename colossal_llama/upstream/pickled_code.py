@@ -1,7 +1,7 @@
 """A checkpoint can run code while it is read.
 
-Broken in: colossalai 0.5.0, which reads optimizer files (here: Gemini's own) with `torch.load`, and torch
-2.5.1, where that runs whatever was pickled unless another way is asked for.
+Broken in: torch 2.5.1, where `torch.load` runs whatever was pickled unless another way is asked for, and
+libraries that read files with it (colossalai 0.5.0, peft).
 Shows as: nothing, until somebody resumes a stranger's checkpoint.
 Cure: torch's own switch, read at every load; files of plain tensors are read as before.
 """

@@ -31,6 +31,7 @@ _LOG_MESSAGES = (
 _WARNINGS = (
     r".*tensornvme.*",  # offloading to NVMe, which no plugin here uses
     r".*install apex from source.*",  # optional; the first log lines say whether it was found
+    r"TypedStorage is deprecated",  # Gemini's chunks free and allocate their storage through it
     r"`pad_token_id` should be positive but got",  # a warning of ours names the file
 )
 

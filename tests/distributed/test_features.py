@@ -281,15 +281,6 @@ def test_dropout_that_would_not_be_applied_is_refused(tmp_path, training_inputs)
     assert "attention_dropout 0.1" in finished.stderr
 
 
-def test_gemini_on_a_cpu_is_refused_with_the_alternative(training_inputs):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here, where Gemini works")
-    finished = run_plain(*training_inputs.flags(), "--plugin", "gemini")
-    assert finished.returncode == 2
-    assert "zero2" in finished.stderr
-    assert "Traceback" not in finished.stderr
-
-
 def test_benchmark_reports_speed_and_saves_nothing(tmp_path, training_inputs):
     flags = ["--pretrained", training_inputs.model, "--max_length", 64, "--benchmark", "--num_samples", 40]
     run = train(tmp_path, 2, *flags, *ZERO2, "--batch_size", 2, "--accumulation_steps", 1)

@@ -223,3 +223,17 @@ def test_failures_in_a_row_end_the_run_and_keep_what_there_was(tmp_path, trainin
     assert "Resumed from" in resumed.output
     assert len(list(saves.glob("epoch-*/COMPLETE"))) == 2
     assert not list(saves.glob(".epoch*"))
+
+
+@pytest.mark.slow  # two runs; tests/distributed/test_gemini.py looks at the collecting alone
+@pytest.mark.parametrize("part", ["add_optimizer", "add_modeling"])
+def test_one_rank_that_can_not_save_keeps_nobody_waiting(part, tmp_path, training_inputs, monkeypatch):
+    """Under Gemini all ranks gather weights together while they save."""
+    monkeypatch.setenv("FAIL_IN", part)
+    flags = [*few_rows(training_inputs), *COMMON, "--plugin", "gemini", "--mixed_precision", "bf16"]
+    flags += ["--batch_size", 4, "--accumulation_steps", 1, "--save_interval", 2, "--max_steps", 4]
+    run = train(tmp_path, 2, *flags, script=Path(__file__).with_name("failing_save_train.py"), timeout=120)
+    assert run.returncode == 0, run.output[-3000:]
+    assert "MemoryError: no room for a copy" in run.output
+    assert [path.name for path in run.save_dir.glob("epoch-*")] == ["epoch-0_step-4"]
+    assert weights_of(run.save_dir / "modeling")

@@ -19,7 +19,7 @@ def load(directory):
     return AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).state_dict()
 
 
-def continue_over(directory, layouts: dict, flags: list, whole) -> None:
+def continue_over(directory, layouts: list, flags: list, whole, tolerance: float = 2e-6) -> None:
     """Runs each layout for a few steps of the same run and compares the whole with an unbroken one."""
     for number, (last_step, processes, layout) in enumerate(layouts):
         run = train(
@@ -36,12 +36,12 @@ def continue_over(directory, layouts: dict, flags: list, whole) -> None:
     for ours, expected in zip(run.metrics(), whole.metrics(), strict=True):
         assert ours["tokens"] == expected["tokens"]
         assert ours["lr"] == expected["lr"]
-        assert ours["loss"] == pytest.approx(expected["loss"], rel=2e-6)
-        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5)
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=10 * tolerance)
     found, expected = load(run.save_dir / "modeling"), load(whole.save_dir / "modeling")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-6)
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2.5 * tolerance)
 
 
 def test_a_run_wanders_over_layouts(tmp_path, training_inputs):
@@ -81,6 +81,25 @@ def test_tied_embeddings_wander_too(first, second, tmp_path, training_inputs):
     if layouts[0][2][:4] == layouts[1][2][:4]:
         pytest.skip("the same layout twice")
     continue_over(tmp_path / "parts", layouts, flags, whole)
+
+
+@pytest.mark.slow
+def test_gemini_wanders_too(tmp_path, training_inputs):
+    """In bf16, which it knows: losses within the rounding of the layouts that wrote them."""
+    flags = [*few_rows(training_inputs), *COMMON, "--mixed_precision", "bf16", "--num_epochs", 2]
+    whole = train(tmp_path / "whole", 2, *flags, "--plugin", "zero2", *rows(4, 3), "--max_steps", STEPS)
+    assert whole.returncode == 0, whole.output[-3000:]
+    layouts = [
+        (2, 2, ["--plugin", "gemini", *rows(4, 3)]),
+        (4, 2, ["--plugin", "3d", "--tp", 2, *rows(8, 3)]),
+        (5, 3, ["--plugin", "gemini_auto", *rows(8, 1)]),
+        (7, 1, ["--plugin", "gemini_auto", *rows(8, 3)]),
+        (8, 2, ["--plugin", "zero2_cpu", *rows(4, 3)]),
+        (STEPS, 4, ["--plugin", "gemini", *rows(6, 1)]),
+    ]
+    continue_over(tmp_path / "parts", layouts, flags, whole, tolerance=2e-3)
+    weights = list((tmp_path / "parts" / "checkpoints" / "epoch-0_step-2" / "modeling").glob("model-*-of-*"))
+    assert len(weights) > 1, "both processes of gemini wrote some"
 
 
 def test_steps_of_another_size_continue_at_the_same_row(tmp_path, training_inputs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from parity import BF16, FP32, ROWS_PER_STEP, check_parity, rows
 
+FP16 = ["--mixed_precision", "fp16"]
 SEQUENCE = ["--enable_sequence_parallelism"]
 CHECKPOINTING = ["--use_grad_checkpoint", "--use_flash_attn"]
 
@@ -24,6 +25,12 @@ LAYOUTS = {
         ["--plugin", "3d", "--tp", 2, "--zero_stage", 2, *SEQUENCE, "--sp_mode", "split_gather", *rows(2, 4)],
     ),
     "all_to_all": (2, ["--plugin", "3d", "--sp", 2, *SEQUENCE, "--sp_mode", "all_to_all", *rows(4, 2)]),
+}
+
+# Gemini knows half precision only.
+GEMINI_LAYOUTS = {
+    "gemini x2, accumulation 4, bf16": (2, ["--plugin", "gemini", *rows(1, 4)], BF16),
+    "gemini_auto x1, recompute, fp16": (1, ["--plugin", "gemini_auto", *rows(8, 1), *CHECKPOINTING], FP16),
 }
 
 
@@ -48,6 +55,10 @@ def full_matrix() -> dict[str, tuple[int, list]]:
         "pp 2 zero 1": (2, 1, ["--plugin", "3d", "--pp", 2, "--zero_stage", 1]),
         "pp 2 x dp 2 zero 1": (4, 2, ["--plugin", "3d", "--pp", 2, "--zero_stage", 1]),
         "tp 2 pp 2": (4, 1, ["--plugin", "3d", "--tp", 2, "--pp", 2]),
+        "gemini x1": (1, 1, ["--plugin", "gemini"]),
+        "gemini x2": (2, 2, ["--plugin", "gemini"]),
+        "gemini_auto x1": (1, 1, ["--plugin", "gemini_auto"]),
+        "gemini_auto x2": (2, 2, ["--plugin", "gemini_auto"]),
     }
     for mode in ("split_gather", "ring"):
         for zero in (0, 1, 2):
@@ -84,15 +95,29 @@ def test_bf16_stays_close_to_the_plain_loop(name, tmp_path, training_inputs, ref
 
 def test_fp16_stays_close_to_the_plain_loop(tmp_path, training_inputs, reference):
     processes, flags = LAYOUTS["zero2 x2, longest"]
-    print(check_parity(tmp_path, training_inputs, reference, processes, flags, ["--mixed_precision", "fp16"]))
+    print(check_parity(tmp_path, training_inputs, reference, processes, flags, FP16))
+
+
+@pytest.mark.parametrize("name", GEMINI_LAYOUTS)
+def test_gemini_stays_close_to_the_plain_loop(name, tmp_path, training_inputs, reference):
+    processes, flags, precision = GEMINI_LAYOUTS[name]
+    print(name, check_parity(tmp_path, training_inputs, reference, processes, flags, precision))
+
+
+def matrix_cells() -> list:
+    """(layout, precision) of every cell."""
+    return [
+        (name, precision)
+        for name in full_matrix()
+        for precision in (("bf16", "fp16") if name.startswith("gemini") else ("fp32", "bf16"))
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", full_matrix())
+@pytest.mark.parametrize(("name", "precision"), matrix_cells())
 def test_full_matrix(name, precision, tmp_path, training_inputs, reference):
     processes, flags = full_matrix()[name]
-    precision_flags = FP32 if precision == "fp32" else BF16
+    precision_flags = {"fp32": FP32, "bf16": BF16, "fp16": FP16}[precision]
     print(
         f"| {name} | {precision} |",
         check_parity(tmp_path, training_inputs, reference, processes, flags, precision_flags),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from parity import BF16, check_parity, rows
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="Gemini runs on CUDA only, none here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
 @pytest.mark.parametrize("plugin", ["gemini", "gemini_auto"])

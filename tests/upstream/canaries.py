@@ -55,8 +55,10 @@ def run_python(code: str, **environment: str) -> str:
     return (finished.stdout.strip().splitlines() or [""])[-1]
 
 
-def run_processes(script: str, num_processes: int, *arguments: str) -> str:
-    """Runs a script of this directory on several processes, without a launcher; returns rank 0's output."""
+def run_processes(script: str | Path, num_processes: int, *arguments: str, timeout: float = 180) -> str:
+    """Runs a script (of this directory, or by its path) on several processes, without a launcher; returns
+    rank 0's output.
+    """
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -72,7 +74,7 @@ def run_processes(script: str, num_processes: int, *arguments: str) -> str:
     common.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name(script)), *arguments],
+            [sys.executable, str(Path(__file__).parent / script), *arguments],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
@@ -81,7 +83,7 @@ def run_processes(script: str, num_processes: int, *arguments: str) -> str:
         for rank in range(num_processes)
     ]
     try:
-        output, errors = processes[0].communicate(timeout=180)
+        output, errors = processes[0].communicate(timeout=timeout)
         assert processes[0].returncode == 0, errors[-3000:]
     finally:
         for process in processes:

@@ -20,6 +20,11 @@ import torch.distributed as dist
 
 from colossal_llama.training.llama.attention import install_attention
 from colossal_llama.upstream.cpu_training import enable_cpu_training
+from colossal_llama.upstream.gemini_adam import DividingAdamW, let_gemini_take_torch_adam
+from colossal_llama.upstream.gemini_memory_samples import count_memory_samples_anew
+from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus, pretend_device_memory
+from colossal_llama.upstream.gemini_skipped_step import forget_gradients_of_skipped_steps
+from colossal_llama.upstream.gemini_training_mode import set_mode_of_wrapped_model
 from colossal_llama.upstream.lean_imports import lean_imports
 from colossal_llama.upstream.loss_scale import BackwardLossScale
 from colossal_llama.upstream.pickled_code import refuse_pickled_code
@@ -322,6 +327,99 @@ def padded_vocabulary_optimizer(directory: Path) -> str:
     return RIGHT
 
 
+# ---------------------------------------------------------------------- Gemini
+
+
+def boost_gemini(optimizer_class: type = DividingAdamW, placement: str = "static", **options: Any) -> tuple:
+    """(booster, model, optimizer) in chunks that are smaller than the model."""
+    from colossalai.booster import Booster
+    from colossalai.booster.plugin import GeminiPlugin
+
+    plugin = GeminiPlugin(
+        placement_policy=placement, enable_async_reduce=False, enable_gradient_accumulation=True, **options
+    )
+    chunks = {dist.get_world_size(): {"chunk_size": 8192, "keep_gathered": False}}
+    plugin.gemini_config["chunk_config_dict"] = chunks
+    model = make_model()
+    booster = Booster(plugin=plugin)
+    model, optimizer, *_ = booster.boost(model, optimizer_class(model.parameters(), lr=1e-2))
+    return booster, model, optimizer
+
+
+def gemini_step(model: Any, optimizer: Any, factor: float = 1.0) -> None:
+    optimizer.backward(model(input_ids=make_ids(), labels=make_ids()).loss * factor)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def gemini_on_a_cpu(directory: Path) -> str:
+    let_gemini_take_torch_adam()
+    _, model, optimizer = boost_gemini()
+    gemini_step(model, optimizer)
+    return RIGHT
+
+
+def torch_adam_for_gemini(directory: Path, cured: bool = False) -> str:
+    from colossalai.zero.gemini.gemini_optimizer import _AVAIL_OPTIM_LIST
+
+    if not cured:
+        _AVAIL_OPTIM_LIST.discard(DividingAdamW)
+    try:
+        boost_gemini()
+    finally:
+        let_gemini_take_torch_adam()
+    return RIGHT
+
+
+def step_after_an_overflow(directory: Path, cured: bool = False) -> str:
+    if cured:
+        forget_gradients_of_skipped_steps()
+    _, model, optimizer = boost_gemini(initial_scale=2.0**8)
+    overflows = []
+    for factor in (1.0, 1e30, 1.0):
+        gemini_step(model, optimizer, factor)
+        overflows.append(bool(optimizer.mix_precision_mixin.found_overflow.item()))
+    return RIGHT if overflows == [False, True, False] else f"overflows: {overflows}"
+
+
+def samples_after_an_evaluation(directory: Path, cured: bool = False) -> str:
+    if cured:
+        count_memory_samples_anew()
+    _, model, optimizer = boost_gemini(placement="auto")
+    gemini_step(model, optimizer)
+    with torch.no_grad():
+        model(input_ids=make_ids())
+    index = model.gemini_manager._mem_stats_collector._step_idx
+    return RIGHT if index == 0 else f"the next sample is number {index}"
+
+
+def mode_of_a_wrapped_model(directory: Path, cured: bool = False) -> str:
+    if cured:
+        set_mode_of_wrapped_model()
+    _, model, _ = boost_gemini()
+    modes = []
+    for set_mode in (model.eval, model.train):
+        set_mode()
+        modes.append((model.training, model.module.training, model.module.model.training))
+    return RIGHT if modes == [(False,) * 3, (True,) * 3] else f"modes: {modes}"
+
+
+def evaluation_before_training(directory: Path) -> str:
+    _, model, _ = boost_gemini(placement="auto")
+    with torch.no_grad():
+        model(input_ids=make_ids())
+    return RIGHT
+
+
+def exported_weights(directory: Path) -> str:
+    _, model, optimizer = boost_gemini(placement="auto")
+    before = model.state_dict(only_rank_0=False)
+    gemini_step(model, optimizer)
+    after = model.state_dict(only_rank_0=False)
+    same = sum(torch.equal(after[name], before[name]) for name in before)
+    return f"{same} weights are as before the step" if same else RIGHT
+
+
 CPU_CURES = (reduce_scatter_on_gloo, all_to_all_on_gloo, cpu_accelerator, pipeline_names, zero_on_a_cpu)
 BEFORE = (
     *CPU_CURES,
@@ -352,6 +450,13 @@ AFTER = (
     padded_vocabulary_model,
     padded_vocabulary_optimizer,
 )
+GEMINI = (
+    torch_adam_for_gemini,
+    step_after_an_overflow,
+    samples_after_an_evaluation,
+    mode_of_a_wrapped_model,
+)
+GEMINI_BY_DESIGN = (evaluation_before_training, exported_weights)
 
 
 def main() -> None:
@@ -376,6 +481,12 @@ def main() -> None:
     look(CPU_CURES, " cured")
     look(CURES, " cured", cured=True)
     look(AFTER)
+    look((gemini_on_a_cpu,))
+    let_gemini_run_on_cpus()
+    pretend_device_memory()
+    look((gemini_on_a_cpu,), " cured")
+    look((*GEMINI, *GEMINI_BY_DESIGN))
+    look(GEMINI, " cured", cured=True)
     sys.stdout.flush()
     os._exit(0)
 

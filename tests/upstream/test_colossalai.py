@@ -30,6 +30,13 @@ DEFECTS = {
     "accumulated_norm_gradients": ("split_gather_gradients", "gradients off"),
     "padded_vocabulary_model": ("training/checkpoint/modeling_files.py", "_unpad_detach"),
     "padded_vocabulary_optimizer": ("training/checkpoint/optimizer_files.py", "isn't evenly distributed"),
+    "gemini_on_a_cpu": ("gemini_on_cpu", "AssertionError: $"),
+    "torch_adam_for_gemini": ("gemini_adam", "in the available list"),
+    "step_after_an_overflow": ("gemini_skipped_step", r"overflows: \[False, True, True\]"),
+    "samples_after_an_evaluation": ("gemini_memory_samples", "the next sample is number"),
+    "mode_of_a_wrapped_model": ("gemini_training_mode", r"modes: \[\(False, True, False\)"),
+    "evaluation_before_training": ("training/plugins/gemini.py", "run a completed iteration"),
+    "exported_weights": ("training/plugins/gemini.py", "weights are as before the step"),
 }
 CURED = (
     "reduce_scatter_on_gloo",
@@ -43,6 +50,11 @@ CURED = (
     "future_under_sequence_parallelism",
     "ring_gradients",
     "accumulated_norm_gradients",
+    "gemini_on_a_cpu",
+    "torch_adam_for_gemini",
+    "step_after_an_overflow",
+    "samples_after_an_evaluation",
+    "mode_of_a_wrapped_model",
 )
 
 

@@ -53,6 +53,7 @@ MESSAGES = {
     "colossalai.logging.logger": "def __get_call_info",
     "colossalai.utils.safetensors": "tensornvme",
     "colossalai.shardformer.layer.normalization": "install apex from source",
+    "colossalai.zero.gemini.chunk.chunk": "tensor.storage()",
     "bitsandbytes.backends.cpu.ops": "logger.warning(",
 }
 

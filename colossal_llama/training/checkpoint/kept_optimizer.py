@@ -32,7 +32,6 @@ from colossal_llama.training.checkpoint.optimizer_files import (
 )
 from colossal_llama.training.checkpoint.record import MODEL_FIELDS, SavedRun, model_facts
 from colossal_llama.training.llama.adapters import is_embedding
-from colossal_llama.training.plugins import PLUGINS, find_plugin
 from colossal_llama.utils.console import log
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.messages import first_line
@@ -75,12 +74,6 @@ class KeptOptimizer:
         """
         checkpoint, pretrained = saved.checkpoint, settings.data.pretrained
         problems = []
-        saved_by = saved.record.layout["plugin"]
-        if saved_by in PLUGINS and not find_plugin(saved_by).saves_by_parameter:
-            problems.append(
-                f"--load_checkpoint {checkpoint}: {saved_by}'s optimizer can't be read by parameter; "
-                f"start the stage from {checkpoint / MODELING_DIRECTORY} without --keep_optimizer"
-            )
         facts = model_facts(config)
         for key in MODEL_FIELDS:
             old = saved.record.model.get(key, facts[key])
@@ -122,7 +115,7 @@ class KeptOptimizer:
                 real = config.vocab_size
                 known = real if self.known_rows is None else self.known_rows
             shape, size = tuple(parameter.shape), master.numel()
-            begin = place.zero_rank * size
+            begin = plugin.slice_begin(parameter, master)
             moments = {kind: torch.zeros(size, device=master.device).view_as(master) for kind in _MOMENTS}
             here = 0
             if optimizer.has(name, _MOMENTS[0]):

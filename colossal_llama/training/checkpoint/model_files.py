@@ -42,13 +42,11 @@ class ModelFiles:
     Attributes:
         beside_weights: with a whole model.
         beside_adapter: with LoRA adapters, which bring a configuration of their own.
-        generation_config: what the model in memory has to have, for what libraries save by themselves.
         notes: what was changed of the source's, a sentence each.
     """
 
     beside_weights: dict[str, bytes]
     beside_adapter: dict[str, bytes]
-    generation_config: GenerationConfig
     notes: list[str]
 
 
@@ -101,7 +99,7 @@ def prepare_model_files(
     beside_adapter = dict(tokenizer_files)
     if answer_ends is not None:
         beside_adapter[GENERATION_CONFIG_FILE] = model[GENERATION_CONFIG_FILE]
-    return ModelFiles({**model, **tokenizer_files}, beside_adapter, generation_config, notes)
+    return ModelFiles({**model, **tokenizer_files}, beside_adapter, notes)
 
 
 def find_model_directory(name: str) -> Path:

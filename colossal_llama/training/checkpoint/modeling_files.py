@@ -110,8 +110,6 @@ def _add_weights(plan: FileJobs, plugin: Plugin, prefix: str) -> None:
     Sharded tensors are gathered one at a time over the tensor-parallel group; rows that pad the vocabulary
     are cut off. colossalai's own `save_model` fails on padded embeddings without tensor parallelism.
     """
-    from colossalai.checkpoint_io.utils import gather_distributed_param
-
     config, place = plugin.causal_lm.config, plugin.shard_coordinates()
     parameters = {
         name: parameter
@@ -121,19 +119,25 @@ def _add_weights(plan: FileJobs, plugin: Plugin, prefix: str) -> None:
     sizes = [parameter.nbytes for parameter in parameters.values()]
     files = cut_into_files(sizes, place.num_replicas)
     names = list(parameters)
+    failure: Exception | None = None
     for number, indexes in enumerate(files):
-        if number % place.num_replicas != place.replica:
+        is_ours = number % place.num_replicas == place.replica
+        if not is_ours and not plugin.spreads_weights:
             continue
         held = {}
-        for index in indexes:
-            name = names[index]
-            tensor = gather_distributed_param(parameters[name], keep_vars=False)
-            if place.tensor_rank:
+        chosen = [names[index] for index in indexes]
+        for name, tensor in zip(chosen, plugin.gather_weights([parameters[n] for n in chosen]), strict=True):
+            if not is_ours or place.tensor_rank or failure is not None:
                 continue
-            held[name] = plan.hold(_unpad(name, tensor, config))
-        if place.tensor_rank == 0:
+            try:
+                held[name] = plan.hold(_unpad(name, tensor, config))
+            except Exception as error:  # the other ranks wait for this one in the next gathering
+                failure = error
+        if held:
             file = f"{prefix}model-{place.pipeline_rank + 1:05d}-{number + 1:05d}.safetensors"
             _add_weight_file(plan, file, held)
+    if failure is not None:
+        raise failure
 
 
 def _unpad(name: str, tensor: torch.Tensor, config: LlamaConfig) -> torch.Tensor:

@@ -5,6 +5,9 @@ Every file holds, for each parameter that trains, `<name>/master` (fp32) and Ada
 belongs to, so that any layout can put the parts together again:
 
     parameter   --split along `dim` over tensor-parallel ranks-->   part   --flattened, padded, cut-->   slice
+
+Slices have one length and the order of their files, unless their metadata say where each begins and how long
+it is (Gemini, which cuts at the borders of chunks: a file holds slices of some parameters only).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +39,7 @@ def add_optimizer(plan: FileJobs, plugin: Plugin) -> None:
         return
     tensors, steps, parts = {}, {}, {}
     for name, (parameter, master) in plugin.master_weights().items():
-        parts[name] = {"shape": list(parameter.shape), "dim": tensor_parallel_dim(parameter)}
+        parts[name] = describe_part(plugin, parameter, master)
         tensors[f"{name}/master"] = plan.hold(master)
         moments = plugin.optimizer.optim.state.get(master, {})
         for kind in _KINDS[1:]:
@@ -51,6 +55,13 @@ def add_optimizer(plan: FileJobs, plugin: Plugin) -> None:
     )
 
 
+def describe_part(plugin: Plugin, parameter: torch.nn.Parameter, master: torch.Tensor) -> dict[str, Any]:
+    """What the metadata of a file say of a parameter."""
+    part = {"shape": list(parameter.shape), "dim": tensor_parallel_dim(parameter)}
+    offset = plugin.slice_offset(parameter)
+    return part if offset is None else {**part, "offset": offset, "length": master.numel()}
+
+
 def tensor_parallel_dim(parameter: torch.nn.Parameter) -> int | None:
     """The dimension that is split over the tensor-parallel ranks; None when every rank holds the whole."""
     from colossalai.tensor.d_tensor.api import get_sharding_spec, is_distributed_tensor
@@ -61,14 +72,35 @@ def tensor_parallel_dim(parameter: torch.nn.Parameter) -> int | None:
 
 
 def read_own_shard(directory: Path, plugin: Plugin) -> None:
-    """Restores the optimizer from the shard that this process's place wrote: the same layout, exactly."""
-    with safe_open(directory / plugin.shard_coordinates().file_name, framework="pt") as file:
+    """Restores the optimizer from the shard that this process's place wrote: the same layout, exactly.
+
+    Slices that the layout cuts in another way now are put together from all shards, exactly too.
+
+    Raises:
+        UserError: there is no such shard.
+    """
+    path = directory / plugin.shard_coordinates().file_name
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; start a new stage from the checkpoint's modeling directory")
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: json.loads(value) for key, value in file.metadata().items() if key != "format"}
+        if _cuts_differently(plugin, metadata.get("parts", {})):
+            read_other_layout(directory, plugin)
+            return
         keys = set(file.keys())
-        steps = json.loads(file.metadata()["steps"])
         for name, (_, master) in plugin.master_weights().items():
             values = {kind: file.get_tensor(f"{name}/{kind}") for kind in _KINDS if f"{name}/{kind}" in keys}
-            _restore(plugin, master, values, steps.get(name))
-        plugin.load_loss_scale_state(json.loads(file.metadata()["scaler"]))
+            _restore(plugin, master, values, metadata["steps"].get(name))
+        plugin.load_loss_scale_state(metadata["scaler"])
+
+
+def _cuts_differently(plugin: Plugin, saved_parts: dict[str, dict[str, Any]]) -> bool:
+    """Whether slices with a place of their own are others than those that a file holds."""
+    return any(
+        plugin.slice_offset(parameter) is not None
+        and saved_parts.get(name) != describe_part(plugin, parameter, master)
+        for name, (parameter, master) in plugin.master_weights().items()
+    )
 
 
 def read_other_layout(directory: Path, plugin: Plugin) -> None:
@@ -76,12 +108,12 @@ def read_other_layout(directory: Path, plugin: Plugin) -> None:
     saved = SavedOptimizer(directory)
     place = plugin.shard_coordinates()
     for name, (parameter, master) in plugin.master_weights().items():
-        dim = tensor_parallel_dim(parameter)
+        dim, begin = tensor_parallel_dim(parameter), plugin.slice_begin(parameter, master)
         values = {
             kind: cut_slice(
                 cut_part(saved.whole(name, kind), tuple(parameter.shape), dim, place.tensor_rank),
+                begin,
                 master.numel(),
-                place.zero_rank,
             ).view(master.shape)
             for kind in _KINDS
             if saved.has(name, kind)
@@ -108,9 +140,10 @@ class SavedOptimizer:
     def __init__(self, directory: Path) -> None:
         self.steps: dict[str, float] = {}
         self.scaler: dict[str, float] = {}
-        self._parts: dict[str, dict[str, Any]] = {}
-        # name -> tensor-parallel rank -> ZeRO rank -> file
-        self._files: dict[str, dict[int, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
+        # name -> tensor-parallel rank -> ZeRO rank -> (file, what it says of this part)
+        self._files: dict[str, dict[int, dict[int, tuple[Any, dict[str, Any]]]]] = defaultdict(
+            lambda: defaultdict(dict)
+        )
         for path in sorted(directory.glob("*.safetensors")):
             file = safe_open(path, framework="pt")
             metadata = {key: json.loads(value) for key, value in file.metadata().items() if key != "format"}
@@ -122,14 +155,13 @@ class SavedOptimizer:
             self.scaler = metadata["scaler"] or self.scaler
             place = dict(item.rsplit("-", 1) for item in path.stem.split("_"))
             for name, part in metadata["parts"].items():
-                self._parts[name] = part
-                self._files[name][int(place["tp"])][int(place["zero"])] = file
-        if not self._parts:
+                self._files[name][int(place["tp"])][int(place["zero"])] = (file, part)
+        if not self._files:
             raise UserError(f"{directory}: holds no optimizer files")
 
     def known_as(self, name: str) -> str:
         """The name a parameter was saved under: a tied output matrix is the input embedding."""
-        if name not in self._parts and name.endswith("lm_head.weight"):  # "base_model.model.…" with LoRA
+        if name not in self._files and name.endswith("lm_head.weight"):  # "base_model.model.…" with LoRA
             return name.replace("lm_head.weight", "model.embed_tokens.weight")
         return name
 
@@ -137,24 +169,41 @@ class SavedOptimizer:
         shards = self._files.get(self.known_as(name))
         if shards is None:
             return False
-        file = next(iter(next(iter(shards.values())).values()))
+        file, _ = next(iter(next(iter(shards.values())).values()))
         return f"{self.known_as(name)}/{kind}" in file.keys()  # noqa: SIM118 - not a dict
 
     def whole(self, name: str, kind: str) -> torch.Tensor:
         """The whole tensor; rows that pad a vocabulary are still there."""
         name = self.known_as(name)
-        if name not in self._parts:
+        if name not in self._files:
             raise UserError(f"the checkpoint's optimizer does not have {name}; start a new stage instead")
-        shape, dim = self._parts[name]["shape"], self._parts[name]["dim"]
         parts = []
         for _, slices in sorted(self._files[name].items()):
-            flat = torch.cat(
-                [file.get_tensor(f"{name}/{kind}").flatten() for _, file in sorted(slices.items())]
-            )
-            parts.append(flat[: math.prod(shape)].view(shape))
+            described = [part for _, (_, part) in sorted(slices.items())]
+            shape, dim = described[0]["shape"], described[0]["dim"]
+            pieces = [file.get_tensor(f"{name}/{kind}") for _, (file, _) in sorted(slices.items())]
+            parts.append(join_slices(pieces, [part.get("offset") for part in described], shape))
             if dim is None:
                 break
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
+def join_slices(
+    slices: Sequence[torch.Tensor], offsets: Sequence[int | None], shape: Sequence[int]
+) -> torch.Tensor:
+    """A part of `shape` from its slices.
+
+    Args:
+        offsets: where each slice begins; None where they follow one another, the last ones padded.
+    """
+    size = math.prod(shape)
+    if all(offset is None for offset in offsets):
+        return torch.cat([piece.flatten() for piece in slices])[:size].view(*shape)
+    assert sum(piece.numel() for piece in slices) == size, "slices overlap, or leave gaps"
+    joined = slices[0].new_empty(size)
+    for piece, offset in zip(slices, offsets, strict=True):
+        joined[offset : offset + piece.numel()] = piece.flatten()
+    return joined.view(*shape)
 
 
 def cut_part(whole: torch.Tensor, shape: tuple[int, ...], dim: int | None, rank: int) -> torch.Tensor:
@@ -173,7 +222,7 @@ def cut_part(whole: torch.Tensor, shape: tuple[int, ...], dim: int | None, rank:
     return torch.cat([part, padding], dim=axis)
 
 
-def cut_slice(part: torch.Tensor, size: int, rank: int) -> torch.Tensor:
-    """ZeRO rank `rank`'s slice of `size` values of a part; the last slices may run over its end (zeros)."""
-    piece = part.flatten()[rank * size : (rank + 1) * size]
+def cut_slice(part: torch.Tensor, begin: int, size: int) -> torch.Tensor:
+    """`size` values of a part from `begin` on; the last slices may run over its end (zeros)."""
+    piece = part.flatten()[begin : begin + size]
     return torch.nn.functional.pad(piece, (0, size - piece.numel()))

@@ -47,7 +47,6 @@ from colossal_llama.training.checkpoint.files import (
 from colossal_llama.training.checkpoint.modeling_files import (
     MODELING_DIRECTORY,
     add_modeling,
-    add_small_files,
     hf_shard_names,
     name_weight_files,
 )
@@ -60,11 +59,9 @@ from colossal_llama.training.checkpoint.optimizer_files import (
 from colossal_llama.training.checkpoint.random_state import random_state, restore_random_state
 from colossal_llama.training.checkpoint.record import RunRecord, SavedRun, state_json
 from colossal_llama.training.llama.adapters import is_embedding
-from colossal_llama.training.plugins import PLUGINS, find_plugin
 from colossal_llama.training.schedule import LearningRateSchedule
 from colossal_llama.training.state import TrainState
 from colossal_llama.utils.console import log
-from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import sync_directory, write_json
 
 if TYPE_CHECKING:
@@ -131,7 +128,7 @@ class CheckpointWriter:
         self.save_dir, self.plugin, self.files = save_dir, plugin, files
         self.schedule, self.save_total_limit, self.record = schedule, save_total_limit, record
         self.is_main = dist.get_rank() == 0
-        self.in_background = in_background and plugin.saves_by_parameter
+        self.in_background = in_background
         self._buffers = CopyBuffers()
         self._has_copied = False
         self._pending: _Pending | None = None
@@ -167,12 +164,7 @@ class CheckpointWriter:
         plan = FileJobs(aside, self._buffers if in_background else None)
 
         def collect() -> None:
-            if self.plugin.saves_by_parameter:
-                add_optimizer(plan, self.plugin)
-                add_modeling(plan, self.plugin, self.files, self.is_main, MODELING_DIRECTORY)
-            else:
-                self.plugin.save_state(aside / OPTIMIZER_DIRECTORY)
-                self._add_own_modeling(plan, aside / MODELING_DIRECTORY, f"{MODELING_DIRECTORY}/")
+            add_modeling(plan, self.plugin, self.files, self.is_main, MODELING_DIRECTORY)
             plan.add_bytes(f"{_RNG_DIRECTORY}/rank-{dist.get_rank():05d}.pt", random_state())
             if self.is_main:
                 schedule = {**self.schedule.to_json(), "step": state.step}
@@ -182,6 +174,8 @@ class CheckpointWriter:
                 ):
                     plan.add_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
+        # Collecting weights takes all ranks: none goes on to it where another has failed.
+        self._together(lambda: add_optimizer(plan, self.plugin), aside)
         self._together(collect, aside)
         write = BackgroundWrite(plan, inline=not in_background)
         pause = time.perf_counter() - started
@@ -238,13 +232,6 @@ class CheckpointWriter:
         _replace(aside, pending.target)
         self._remove_old(keep=pending.target)
         return sum(size for size, _ in listing.values())
-
-    def _add_own_modeling(self, plan: FileJobs, directory: Path, prefix: str) -> None:
-        """A model directory whose weights the plugin writes itself; the other files come after them."""
-        self.plugin.save_weights(directory)
-        if self.is_main:
-            assert self.files is not None
-            add_small_files(plan, self.files.beside_weights, prefix)
 
     def _copy_fits(self) -> bool:
         """Whether all processes of all hosts have the memory for a copy of what they will write.
@@ -330,10 +317,7 @@ class CheckpointWriter:
 
         def write() -> dict[str, tuple[str, int]]:
             plan = FileJobs(aside, None)
-            if self.plugin.saves_by_parameter:
-                add_modeling(plan, self.plugin, self.files, self.is_main)
-            else:
-                self._add_own_modeling(plan, aside, "")
+            add_modeling(plan, self.plugin, self.files, self.is_main)
             plan.run()
             return plan.location
 
@@ -355,23 +339,10 @@ class CheckpointWriter:
         The weights themselves were loaded from `modeling/` when the model was made. On the layout that saved,
         the run continues bit for bit; on another, shards are put together and cut again, and random numbers
         start anew.
-
-        Raises:
-            UserError: the optimizer's files are a plugin's own, and the layout differs.
         """
         plugin, checkpoint, state = self.plugin, saved.checkpoint, replace(saved.state)
         changed = plugin.layout.changes_since(saved.record.layout)
-        saved_by = saved.record.layout["plugin"]
-        saved_by_parameter = saved_by not in PLUGINS or find_plugin(saved_by).saves_by_parameter
-        if not (plugin.saves_by_parameter and saved_by_parameter):
-            if changed:
-                raise UserError(
-                    f"--load_checkpoint {checkpoint}: saved by another layout ({', '.join(changed)}), and "
-                    "Gemini's checkpoints fit their own only; use that one, or start a new stage from "
-                    f"{checkpoint / MODELING_DIRECTORY}"
-                )
-            plugin.load_state(checkpoint / OPTIMIZER_DIRECTORY)
-        elif changed:
+        if changed:
             read_other_layout(checkpoint / OPTIMIZER_DIRECTORY, plugin)
         else:
             read_own_shard(checkpoint / OPTIMIZER_DIRECTORY, plugin)

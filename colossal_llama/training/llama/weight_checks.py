@@ -106,7 +106,6 @@ def check_weights_survived(
     """
     from colossalai.tensor.d_tensor.api import is_distributed_tensor
 
-    tolerance = 1e-6 if compute_dtype == torch.float32 else 1e-2
     for name, parameter in model.named_parameters():
         if is_embedding(name) or name not in sums:
             continue
@@ -116,8 +115,21 @@ def check_weights_survived(
             both = torch.stack([total, magnitude])
             dist.all_reduce(both, group=tensor_parallel_group)
             total, magnitude = both
-        if abs(float(total) - sums[name]) > tolerance * max(1.0, float(magnitude)):
-            raise RuntimeError(f"parameter {name} lost its values while the plugin took over the model")
+        check_sum(name, float(total), float(magnitude), sums[name], compute_dtype)
+
+
+def check_sum(name: str, total: float, magnitude: float, expected: float, compute_dtype: torch.dtype) -> None:
+    """Compares a boosted parameter's sum with that of the loaded one.
+
+    Args:
+        magnitude: sum of the absolute values.
+
+    Raises:
+        RuntimeError: they differ by more than the rounding of the dtype.
+    """
+    tolerance = 1e-6 if compute_dtype == torch.float32 else 1e-2
+    if abs(total - expected) > tolerance * max(1.0, magnitude):
+        raise RuntimeError(f"parameter {name} lost its values while the plugin took over the model")
 
 
 def looks_untrained(loss: float, vocab_size: int) -> bool:

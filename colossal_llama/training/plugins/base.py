@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -79,11 +78,9 @@ class Plugin(ABC):
         autocasts: parameters stay fp32 and are cast where they are used, instead of being half precision.
         needs_whole_logits: the output matrix must be used by ordinary torch operations, so the loss can't be
             computed chunk by chunk.
-        saves_by_parameter: weights and optimizer state can be read by parameter name, so checkpoints have the
-            files that every layout reads, and can be written while training continues.
         row_losses: where it is a list, each pass of training adds the summed loss of its rows, [rows], on the
             device (pipeline: of a microbatch's, on the last stage). Set before `boost`.
-        places_parameters_itself: parameters do not stay where the model has them once it is boosted.
+        spreads_weights: no process has whole weights, so all of them take part when one gathers some.
         pads_vocabulary: rows are added to the embeddings that it splits.
 
     After `boost`:
@@ -100,8 +97,7 @@ class Plugin(ABC):
     autocasts: ClassVar[bool] = False
     pads_vocabulary: ClassVar[bool] = False
     needs_whole_logits: ClassVar[bool] = False
-    saves_by_parameter: ClassVar[bool] = True
-    places_parameters_itself: ClassVar[bool] = False
+    spreads_weights: ClassVar[bool] = False
 
     def __init__(self, settings: RunSettings, world_size: int) -> None:
         self.settings = settings
@@ -263,7 +259,7 @@ class Plugin(ABC):
             model: `causal_lm` itself, or a PEFT model around it.
         """
         from colossal_llama.training.llama.forward import install_forwards
-        from colossal_llama.training.llama.weight_checks import check_weights_survived, weight_sums
+        from colossal_llama.training.llama.weight_checks import weight_sums
         from colossal_llama.upstream.rotary_frequencies import restore_rotary_frequencies
         from colossal_llama.upstream.rotary_lengths import rotate_documents_alone
 
@@ -290,11 +286,16 @@ class Plugin(ABC):
         )
         restore_rotary_frequencies(causal_lm)
         rotate_documents_alone(causal_lm)
-        if not self.places_parameters_itself:
-            self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
-            check_weights_survived(model, self.loaded_sums, self.tensor_group, self.parameter_dtype)
+        self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
+        self.check_weights()
         self.loss_scale = BackwardLossScale.find(self.optimizer)
         self.after_boost()
+
+    def check_weights(self) -> None:
+        """Raises RuntimeError where the boosted model lost weights that it was loaded with."""
+        from colossal_llama.training.llama.weight_checks import check_weights_survived
+
+        check_weights_survived(self.peft_model, self.loaded_sums, self.tensor_group, self.parameter_dtype)
 
     def after_boost(self) -> None:  # noqa: B027 - most add nothing
         """What a plugin adds to the boosted model."""
@@ -391,7 +392,8 @@ class Plugin(ABC):
         norm = float(self.optimizer.get_grad_norm() or 0.0)
         if self.loss_scale is not None:
             skipped = self.loss_scale.found_overflow
-            norm /= self.loss_scale.used
+            # Of a step that was left out, colossalai returns the norm of the one before.
+            norm = float("inf") if skipped else norm / self.loss_scale.used
         self.optimizer.zero_grad()
         return norm, skipped
 
@@ -449,6 +451,17 @@ class Plugin(ABC):
         """What the optimizer updates for a parameter; None where another process does it."""
         return parameter
 
+    def slice_offset(self, parameter: nn.Parameter) -> int | None:
+        """Where this process's slice begins in the flattened parameter; None where all processes have
+        slices of one length, in the order of their ranks.
+        """
+        return None
+
+    def slice_begin(self, parameter: nn.Parameter, master: torch.Tensor) -> int:
+        """Where `master` begins in the flattened parameter, or part of it, that it is a slice of."""
+        offset = self.slice_offset(parameter)
+        return self.shard_coordinates().zero_rank * master.numel() if offset is None else offset
+
     def loss_scale_state(self) -> dict[str, float]:
         """The fp16 loss scaler's state, JSON-able; empty in other precisions."""
         return {} if self.loss_scale is None else self.loss_scale.state()
@@ -465,19 +478,16 @@ class Plugin(ABC):
             return torch.tensor(steps, dtype=torch.float32, device=parameter.device)
         return int(steps)
 
-    # The rest is for plugins whose state can't be read by parameter name.
+    def gather_weights(self, parameters: Iterable[nn.Parameter]) -> Iterator[torch.Tensor]:
+        """The whole weights one after the other, in the order of `parameters`.
 
-    def save_state(self, directory: Path) -> None:
-        """Writes the optimizer's state in files of its own."""
-        raise NotImplementedError
+        Processes that hold parts of one another's weights call it together: those of a tensor parallel
+        group, and all of them where the plugin `spreads_weights`.
+        """
+        from colossalai.checkpoint_io.utils import gather_distributed_param
 
-    def load_state(self, directory: Path) -> None:
-        """Reads what `save_state` wrote."""
-        raise NotImplementedError
-
-    def save_weights(self, directory: Path) -> None:
-        """Writes the weights as safetensors."""
-        raise NotImplementedError
+        for parameter in parameters:
+            yield gather_distributed_param(parameter, keep_vars=False)
 
 
 def has_apex_norm() -> bool:

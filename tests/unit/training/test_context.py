@@ -131,7 +131,7 @@ def test_packed_documents_equal_transformers_with_the_same_configuration(kind, f
     model = LlamaForCausalLM(config)
     rotary = model.model.rotary_emb
     rotary.inv_freq = rotary.inv_freq.bfloat16()  # as colossalai's plugins do
-    install_attention(model, False, None)
+    install_attention(model, None, None)
     restore_rotary_frequencies(model)
     rotate_documents_alone(model)
     reference = LlamaForCausalLM(config)

@@ -72,11 +72,12 @@ def test_without_a_known_device_there_is_no_time(monkeypatch: pytest.MonkeyPatch
     assert "not given: no GPU found; choose a device with --device_name" in text
     assert "price" not in text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
     found, text = cost_of(flags, 80, config=config)
     assert found.peak == 989.4e12
     assert "1 x NVIDIA H200" in text
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Abacus")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Abacus")
     _, text = cost_of(flags, 80, config=config)
     assert "no vendor's peak is known for Abacus in bf16" in text
 

@@ -47,6 +47,20 @@ def test_parameters_are_those_of_the_real_model(changes: dict) -> None:
     )
 
 
+@pytest.mark.parametrize("changes", CONFIGS)
+@pytest.mark.parametrize("freeze", [False, True])
+def test_tensors_that_train_are_those_of_the_real_model(changes: dict, freeze: bool) -> None:
+    from colossal_llama.training.llama.adapters import freeze_all_but_embeddings
+
+    config = make_config(**changes)
+    model = LlamaForCausalLM(config)
+    if freeze:
+        freeze_all_but_embeddings(model)
+    expected = tuple(p.numel() for p in model.parameters() if p.requires_grad)
+    flags = f"--plugin gemini --freeze_non_embeds_params {freeze}"
+    assert plugin_of(flags).count_held_parameters(config).tensors == expected
+
+
 def test_llama_2_7b_has_its_known_size() -> None:
     assert count_parameters(LLAMA2_7B) == 6_738_415_616
 
@@ -117,8 +131,6 @@ def states(estimate: MemoryEstimate) -> tuple[int, int, int, int]:
 def test_states_of_each_plugin_by_hand() -> None:
     """Bytes a parameter on 8 processes, half precision: weights, gradients, fp32 masters, two moments."""
     assert states(memory("--plugin zero2")) == (2 * N, 2 * N // 8, 4 * N // 8, 8 * N // 8)
-    assert states(memory("--plugin gemini --accumulation_steps 1")) == (2 * N // 8, 0, 4 * N // 8, N)
-    assert states(memory("--plugin gemini")) == (2 * N // 8, 2 * N // 8, 4 * N // 8, N)
     assert states(memory("--plugin 3d --zero_stage 0")) == (2 * N, 2 * N, 4 * N, 8 * N)
     assert states(memory("--plugin 3d --zero_stage 1")) == (2 * N, 2 * N, 4 * N // 8, N)
     assert states(memory("--plugin 3d --zero_stage 2")) == (2 * N, 2 * N // 8, 4 * N // 8, N)
@@ -126,6 +138,37 @@ def test_states_of_each_plugin_by_hand() -> None:
     # Beside its fp32 weights, ddp keeps half-precision copies of what linear layers use.
     linear = N - 32000 * 4096 - (2 * 32 + 1) * 4096
     assert states(memory("--plugin ddp")) == (4 * N + 2 * linear, 4 * N, 0, 8 * N)
+
+
+def test_gemini_spreads_everything_in_chunks_that_are_padded_a_little() -> None:
+    spread = memory("--plugin gemini --accumulation_steps 1")
+    padded = spread.weights // 2
+    assert N // 8 <= padded <= 1.02 * N // 8
+    assert states(spread) == (2 * padded, 0, 4 * padded, N)
+    assert states(memory("--plugin gemini")) == (2 * padded, 2 * padded, 4 * padded, N)
+    # The embedding or the head in a chunk of its own, and a chunk beside it; one more for a gradient.
+    embedding = 32000 * 4096
+    assert 2 * embedding <= spread.communication <= 2 * (embedding + 2 * 32 * 1024**2 + 11008 * 4096)
+    assert memory("--plugin gemini").communication >= spread.communication + 2 * embedding
+    frozen = memory("--plugin gemini --freeze_non_embeds_params")
+    assert frozen.weights - frozen.gradients == 2 * (N - 2 * embedding)
+
+
+def test_gemini_auto_needs_pinned_blocks_of_the_host() -> None:
+    config = make_config(num_hidden_layers=1)
+    for flags, bytes_of_a_value in (("--accumulation_steps 1", 2 + 4), ("", 2 + 4 + 2)):
+        (_, host), size = states_of_host(flags, config), count_parameters(config)
+        # Rounded up to powers of two, twice as much at most; and two moments of each parameter.
+        assert 0 < host - 8 * size // 4 - bytes_of_a_value * size / 4 < bytes_of_a_value * size / 4 * 1.1
+    large = memory("--plugin gemini_auto")
+    assert states(large) == (large.weights, 0, 0, 0)
+    assert large.weights < memory("--plugin gemini").weights
+    assert memory("--plugin gemini_auto", world_size=16).host < 0.6 * large.host
+
+
+def states_of_host(flags: str, config: LlamaConfig) -> tuple[int, int]:
+    estimate = memory(f"--plugin gemini_auto {flags}", world_size=4, config=config)
+    return estimate.weights, estimate.host
 
 
 def test_offloaded_state_is_in_cpu_memory() -> None:

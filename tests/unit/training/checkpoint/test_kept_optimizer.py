@@ -188,7 +188,6 @@ def test_nothing_to_keep(tmp_path):
     [
         ("", "add --load_checkpoint"),
         ("--load_checkpoint latest", "leave it out, `latest` continues a run"),
-        ("--load_checkpoint . --plugin gemini", "--keep_optimizer: --plugin gemini can't read another run's"),
     ],
 )
 def test_bad_combinations(flags, problem, capsys):

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama.training.checkpoint.files import write_safetensors
-from colossal_llama.training.checkpoint.optimizer_files import SavedOptimizer, cut_part, cut_slice
+from colossal_llama.training.checkpoint.optimizer_files import (
+    SavedOptimizer,
+    cut_part,
+    cut_slice,
+    join_slices,
+)
+from colossal_llama.training.plugins.gemini_chunks import deal_tensors
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,5 +73,48 @@ def test_any_layout_reads_any_other(
             expected = cut(new_tensor, part, new_zero, index)
             local = cut_part(saved.whole("w", "master"), shape_of(new_tensor), dim, part)
             assert local.shape == shape_of(new_tensor)
-            found = cut_slice(local, expected.numel(), index)
+            found = cut_slice(local, index * expected.numel(), expected.numel())
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    chunk_size=st.integers(1, 60),
+    world_size=st.integers(1, 4),
+)
+def test_slices_that_name_their_place_are_put_together(tmp_path_factory, sizes, chunk_size, world_size):
+    """Cut where Gemini's chunks and shards end: a file holds slices of some parameters only."""
+    values = [torch.randn(size) for size in sizes]
+    files: list[tuple[dict, dict]] = [({}, {}) for _ in range(world_size)]
+    number = 0
+    for chunk in deal_tensors(sizes, chunk_size, world_size):
+        begin, shard = 0, chunk // world_size
+        while number < len(sizes) and begin + sizes[number] <= chunk:
+            for rank, (tensors, parts) in enumerate(files):
+                first = max(0, rank * shard - begin)
+                last = min(sizes[number], (rank + 1) * shard - begin)
+                if first < last:
+                    tensors[f"p{number}/master"] = values[number][first:last]
+                    place = {"offset": first, "length": last - first}
+                    parts[f"p{number}"] = {"shape": [1, sizes[number]], "dim": None, **place}
+            begin += sizes[number]
+            number += 1
+    assert number == len(sizes)
+    directory = tmp_path_factory.mktemp("optimizer")
+    for rank, (tensors, parts) in enumerate(files):
+        metadata = {"parts": parts, "steps": dict.fromkeys(parts, 2.0), "scaler": {}}
+        write_safetensors(
+            directory / f"tp-000_pp-000_zero-{rank:04d}.safetensors",
+            tensors,
+            {key: json.dumps(value) for key, value in metadata.items()},
+        )
+    saved = SavedOptimizer(directory)
+    for number, expected in enumerate(values):
+        assert torch.equal(saved.whole(f"p{number}", "master"), expected[None])
+        assert saved.steps[f"p{number}"] == 2.0
+
+
+def test_slices_of_one_length_need_no_place() -> None:
+    slices = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])]
+    assert join_slices(slices, [None, None], [3]).tolist() == [1, 2, 3]
+    assert join_slices(slices[::-1], [2, 0], [2, 2]).tolist() == [[1, 2], [3, 0]]

@@ -1,4 +1,4 @@
-"""What a checkpoint takes and says: the memory of a copy, failures, small files beside Gemini's weights."""
+"""What a checkpoint takes and says: the memory of a copy, failures."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import pytest
 import torch
 
 from colossal_llama.training.adaptation import AdaptationSettings
-from colossal_llama.training.checkpoint.files import FileJobs, SaveError
-from colossal_llama.training.checkpoint.record import RunRecord, SavedRun
+from colossal_llama.training.checkpoint.files import SaveError
 from colossal_llama.training.checkpoint.writer import CheckpointWriter
 from colossal_llama.training.layout import Layout
 from colossal_llama.training.loop import TrainingLoop
-from colossal_llama.training.plugins.gemini import GeminiPlugin
-from colossal_llama.training.state import TrainState
 from colossal_llama.utils.errors import UserError
 
 WEIGHTS, TRAINED = 1000, 10
@@ -90,33 +87,3 @@ def test_a_failed_save_names_its_cause_on_every_rank(alone, tmp_path, error, sai
         loop._report_failed_save(caught.value, is_last=True)
     assert said in str(reported.value)
     assert remedy in str(reported.value)
-
-
-def test_gemini_s_model_gets_the_prepared_files(tmp_path):
-    """colossalai writes configurations of its own beside the weights; ours come after them."""
-
-    def save_model(model, directory, **options) -> None:
-        (tmp_path / "modeling").mkdir()
-        (tmp_path / "modeling" / "config.json").write_text("colossalai's")
-
-    writer = object.__new__(CheckpointWriter)
-    writer.is_main = True
-    writer.plugin = object.__new__(GeminiPlugin)
-    writer.plugin.model, writer.plugin.booster = None, SimpleNamespace(save_model=save_model)
-    contents = {"config.json": b"ours", "tokenizer.model": b"bytes", "additional_chat_templates/x": b"y"}
-    writer.files = SimpleNamespace(beside_weights=contents)
-    plan = FileJobs(tmp_path, None)
-    writer._add_own_modeling(plan, tmp_path / "modeling", "modeling/")
-    assert set(plan.run()) == {f"modeling/{name}" for name in contents}
-    for name, content in contents.items():
-        assert (tmp_path / "modeling" / name).read_bytes() == content
-
-
-def test_a_checkpoint_of_an_unknown_plugin_is_of_another_layout(tmp_path):
-    """One that was registered where the checkpoint was saved; Gemini can't read what others write."""
-    writer = object.__new__(CheckpointWriter)
-    writer.plugin = object.__new__(GeminiPlugin)
-    writer.plugin.layout = Layout()
-    record = RunRecord({}, {**Layout().as_json(), "plugin": "made_up"}, {}, 1, 1, {}, {})
-    with pytest.raises(UserError, match=r"another layout \(plugin made_up -> gemini\), and .* start a new"):
-        writer.load(SavedRun(tmp_path, record, TrainState()))

@@ -11,16 +11,6 @@ from colossal_llama.training.memory import activation_bytes_per_token
 from colossal_llama.upstream.packed_attention import find_packed_attention
 
 
-def test_gemini_needs_a_gpu_but_can_be_planned_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (problem,) = problems("--plugin gemini_auto", 2)
-    assert problem.startswith("--plugin gemini_auto: runs on GPUs only")
-    assert "use zero2, ddp or 3d on a CPU" in problem
-    assert problems("--plugin gemini_auto --dry_run", 2) == []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert problems("--plugin gemini_auto", 2) == []
-
-
 def test_flash_attention_needs_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without flash-attn, torch's own kernel computes."""
     for has_gpu in (False, True):

@@ -7,8 +7,9 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 import torch.distributed as dist
-from plugin_cases import LLAMA2_7B, make_config, plugin_of
+from plugin_cases import LLAMA2_7B, make_config, model_problems, plugin_of
 from support import ROOT
 
 from colossal_llama.training.layout import LayoutSettings
@@ -44,6 +45,16 @@ def test_a_plugin_answers_without_a_process_group(name: str) -> None:
     assert estimate_memory(plugin, LLAMA2_7B).peak > states["weights"]
     assert all(note.endswith(".") for note in plugin.memory_notes())
     assert not dist.is_initialized()
+
+
+@EVERY_PLUGIN
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_every_plugin_trains_on_every_machine(
+    name: str, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert model_problems(f"--plugin {name}", 2) == []
+    assert plugin_of(f"--plugin {name}", 2).doubts() == []
 
 
 def test_files_of_plugins_do_not_import_colossalai() -> None:
