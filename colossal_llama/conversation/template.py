@@ -8,9 +8,9 @@ by itself. (The tokenizer's own Jinja template is a program that writes one text
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from colossal_llama.conversation.messages import Message
 
@@ -44,8 +44,7 @@ class SpecialTokens:
     end_of_turn_id: int
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A stretch of text (`text` is set) or one special token (`token_id` is set), with or without loss."""
 
     text: str | None = None
@@ -93,8 +92,8 @@ class TurnTemplate(ABC):
     def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
         """All turns so far, then what comes before the assistant's next one."""
 
-    def encode_conversations(self, conversations: Iterable[Sequence[Message]]) -> list[EncodedTurns]:
-        """The tokens of each conversation; the texts of all of them are encoded in one batch."""
+    def encode_conversations(self, conversations: Iterable[Sequence[Message]]) -> Iterator[EncodedTurns]:
+        """The tokens of each conversation, in order; the texts of all are encoded in one batch."""
         return self._encode([self.render_turns(messages) for messages in conversations])
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -104,34 +103,33 @@ class TurnTemplate(ABC):
     def find_end_ids(self) -> set[int]:
         return {self.special.end_of_turn_id}
 
-    def _encode(self, conversations: Sequence[Sequence[Sequence[Segment]]]) -> list[EncodedTurns]:
+    def _encode(self, conversations: Sequence[Sequence[Sequence[Segment]]]) -> Iterator[EncodedTurns]:
+        fixed_texts = self._fixed
         texts = [
-            segment.text
+            text
             for turns in conversations
             for segments in turns
-            for segment in segments
-            if segment.text and segment.text not in self._fixed
+            for text, _, _ in segments
+            if text and text not in fixed_texts
         ]
         encoded = iter(self._encode_texts(texts))
-        results = []
         for turns in conversations:
             result = EncodedTurns()
-            ids = result.ids
+            ids, loss_spans = result.ids, result.loss_spans
             for segments in turns:
-                num_spans = len(result.loss_spans)
-                for segment in segments:
+                num_spans = len(loss_spans)
+                for text, token_id, has_loss in segments:
                     start = len(ids)
-                    if segment.token_id is not None:
-                        ids.append(segment.token_id)
-                    elif segment.text:
-                        fixed = self._fixed.get(segment.text)
+                    if token_id is not None:
+                        ids.append(token_id)
+                    elif text:
+                        fixed = fixed_texts.get(text)
                         ids.extend(next(encoded) if fixed is None else fixed)
-                    if segment.has_loss:
-                        result.loss_spans.append((start, len(ids)))
+                    if has_loss:
+                        loss_spans.append((start, len(ids)))
                 result.turn_ends.append(len(ids))
-                result.answers.append(len(result.loss_spans) > num_spans)
-            results.append(result)
-        return results
+                result.answers.append(len(loss_spans) > num_spans)
+            yield result
 
 
 def encode_plain_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

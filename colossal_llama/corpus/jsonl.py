@@ -114,7 +114,7 @@ def _find_missed_and_doubled(directory: Path | str, manifest: Manifest, recursiv
         if f"{name}{packing}" in manifest.files
     ]
     problems += [
-        f"{directory}/{name}: a link to {target}, which is not there; mend or remove it"
+        f"{directory}/{name}: a link to {target}, which is not there; fix or remove it"
         for name, target in manifest.broken_links.items()
     ]
     return problems

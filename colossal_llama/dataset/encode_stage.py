@@ -94,7 +94,7 @@ def check_bad_records(encoded: EncodedShards, skip_bad_records: bool) -> None:
     raise UserError(
         [
             *cap_problems(listed, total=kinds.total()),
-            f"{kinds.total():,} bad records ({by_kind}); mend them, or use --on_bad_record skip",
+            f"{kinds.total():,} bad records ({by_kind}); fix them, or use --on_bad_record skip",
         ]
     )
 

@@ -111,7 +111,7 @@ class ByteLevelSource:
     def _check_ids(self) -> None:
         ids = set(self.vocabulary.values())
         if len(ids) != len(self.vocabulary):
-            raise UserError(f"{self.path}: two tokens share an id; mend the added tokens")
+            raise UserError(f"{self.path}: two tokens share an id; fix the added tokens")
         gaps = sorted(set(range(len(ids))) - ids)
         if gaps:
             raise UserError(

@@ -149,7 +149,7 @@ class TokenizerFiles:
             if token_at.setdefault(token_id, content) != content:
                 raise UserError(
                     f"{self.directory}: id {token_id} belongs to both {token_at[token_id]!r} and "
-                    f"{content!r}; mend the added tokens"
+                    f"{content!r}; fix the added tokens"
                 )
         return dict(sorted(ids.items(), key=lambda item: item[1]))
 
