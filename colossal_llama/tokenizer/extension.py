@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from colossal_llama.tokenizer.pieces_file import ListedPieces
 from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import read_json_object
 from colossal_llama.utils.messages import cap_problems
 
 UNREACHABLE_MODES = ("report", "add", "drop", "error")
@@ -74,6 +76,25 @@ class VocabularyExtension:
             "present_already": self.present,
             "duplicates": self.listed.duplicates,
         }
+
+
+def read_new_ids(report: Path) -> range:
+    """The ids that an extension added: those after the source's, as its report file counts them.
+
+    Raises:
+        UserError: naming the file, when it is no such report, or nothing was added.
+    """
+    counts = read_json_object(report).get("counts")
+    counts = counts if isinstance(counts, dict) else {}
+    sizes = [counts.get(f"{name}_vocabulary_size") for name in ("source", "target")]
+    if not all(isinstance(size, int) for size in sizes):
+        raise UserError(
+            f"{report}: does not say which ids are new (`counts` lacks the sizes of the two vocabularies); "
+            "it is not a report of init_tokenizer.py"
+        )
+    if sizes[0] >= sizes[1]:
+        raise UserError(f"{report}: says that no piece was added to the {sizes[0]:,} of the source")
+    return range(*sizes)
 
 
 def missing_characters(

@@ -98,6 +98,7 @@ class Run:
         if dataset is not None:
             inputs = replace(inputs, dataset=dataset)
         plugin = find_plugin(settings.layout.plugin)(settings, world_size)
+        plugin.new_ids = inputs.new_ids
         if problems := plugin.model_conflicts(inputs.config):
             raise UserError(problems)
         return cls(settings, inputs, plugin, make_plan(plugin, inputs.config, inputs.dataset))
@@ -267,7 +268,7 @@ class Run:
             },
             rows_per_step=self.plan.rows_per_step,
             total_steps=self.plan.total_steps,
-            model=model_facts(self.inputs.config),
+            model=model_facts(self.inputs.config, self.inputs.new_ids),
             versions=installed_versions(),
         )
 

@@ -65,6 +65,8 @@ DEFAULTS = {
     "grad_clip": 1.0,
     "warmup_steps": None,
     "freeze_non_embeds_params": False,
+    "lr_embeddings": None,
+    "no_decay": None,
     "lora_rank": 0,
     "lora_embeddings": None,
     "merge_lora": False,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama.training.arguments import parse_settings
-from colossal_llama.training.checkpoint.record import RunRecord, SavedRun, state_json
+from colossal_llama.training.checkpoint.record import RunRecord, SavedRun, model_facts, state_json
 from colossal_llama.training.checkpoint.resume import check_resumable, rescale_warmup
 from colossal_llama.training.data.random_rows import RandomRows
 from colossal_llama.training.layout import Layout
@@ -73,3 +73,28 @@ def test_warm_up_follows_the_rows_of_a_step(batch_size, expected, tmp_path, tiny
         schedule = rescale_warmup(plan.schedule, settings.optimizer.warmup_steps, saved, plan.rows_per_step)
         assert schedule.warmup_steps == warm_up
         assert schedule.total_steps == 400 // batch_size
+
+
+def test_groups_and_new_rows_stay(tmp_path, tiny_model_dir):
+    """A checkpoint that knows nothing of groups had one; the order of `--no_decay` means nothing."""
+    settings = parse("--pretrained", tiny_model_dir, "--benchmark", "--plugin", "ddp")
+    layout = Layout()
+    old = replace(record_of(settings, lr_embeddings=..., no_decay=...), layout=layout.as_json())
+    for same in (None, []):
+        check_resumable(saved_run(tmp_path, old), record_of(settings, no_decay=same), settings, layout)
+    now = record_of(settings, no_decay=["norms"], lr_embeddings=1e-5)
+    with pytest.raises(UserError) as caught:
+        check_resumable(saved_run(tmp_path, old), now, settings, layout)
+    assert sorted(problem.partition(": ")[2] for problem in caught.value.problems[:2]) == [
+        "--lr_embeddings: None when saved, 1e-05 now",
+        "--no_decay: [] when saved, ['norms'] now",
+    ]
+    both = replace(record_of(settings, no_decay=["norms", "embeddings"]), layout=layout.as_json())
+    turned = record_of(settings, no_decay=["embeddings", "norms"])
+    check_resumable(saved_run(tmp_path, both), turned, settings, layout)
+
+    config = load_config(str(tiny_model_dir), False)
+    facts = [model_facts(config, new_ids) for new_ids in (range(5, 9), range(6, 9))]
+    saved = saved_run(tmp_path, replace(both, model=facts[0]))
+    with pytest.raises(UserError, match=r"--pretrained: new_rows \[5, 9\] when saved, \[6, 9\] now"):
+        check_resumable(saved, replace(turned, model=facts[1]), settings, layout)
