@@ -160,7 +160,10 @@ def _values(action: argparse.Action) -> str:
     """The choices, or how many values the flag takes."""
     choices = str(action.metavar or "")
     if choices.startswith("{"):  # where ArgumentParser keeps them
-        return ", ".join(f"`{choice}`" for choice in choices.strip("{}").split(","))
+        listed = ", ".join(f"`{choice}`" for choice in choices.strip("{}").split(","))
+        return f"any of {listed}" if action.nargs == "*" else listed
+    if getattr(action, "words", ()):  # a switch with values of its own
+        return ", ".join(f"`{word}`" for word in choices.split("|"))
     return "one or more" if action.nargs == "+" else ""
 
 

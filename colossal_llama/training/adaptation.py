@@ -1,4 +1,6 @@
-"""What trains: all weights, the embeddings alone, or adapters, with or without the embeddings."""
+"""What trains: all weights, the embeddings or their new rows alone, or adapters, with or without the
+embeddings; and the rate and the decay that embeddings and norms train with.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,33 @@ from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE
 from colossal_llama.utils.arguments import non_negative_int, number
 from colossal_llama.utils.settings import OnResume, flag
 
+# Value of `--freeze_non_embeds_params`.
+NEW_ROWS = "new_rows"
+
 
 @dataclass(frozen=True)
 class AdaptationSettings:
     """Which weights train, and what is added to the model for it."""
 
-    freeze_non_embeds_params: bool = flag(
-        False, "train the input and output embeddings only (aligns a new vocabulary)"
+    freeze_non_embeds_params: bool | str = flag(
+        False,
+        "train the input and output embeddings only (aligns a new vocabulary): all their rows, or with "
+        "`new_rows` those of the new pieces alone, while every other weight stays as it is",
+        words=(NEW_ROWS,),
+    )
+    lr_embeddings: float | None = flag(
+        None,
+        "peak learning rate of the input and output embeddings; the schedule has the same shape "
+        "(default: as --lr)",
+        type=number(float, minimum=0),
+    )
+    no_decay: list[str] | None = flag(
+        None,
+        "weights without weight decay (default: none)",
+        nargs="*",
+        choices=("norms", "embeddings"),
+        unset_means=(),
+        unordered=True,
     )
     lora_rank: int = flag(0, "rank of LoRA adapters; 0 = off", type=non_negative_int)
     lora_embeddings: str | None = flag(
@@ -37,6 +59,14 @@ class AdaptationSettings:
     def trains_embeddings_beside_lora(self) -> bool:
         return self.lora_rank > 0 and self.lora_embeddings == "train"
 
+    @property
+    def trains_new_rows_alone(self) -> bool:
+        return self.freeze_non_embeds_params == NEW_ROWS
+
+    def decays(self, kind: str) -> bool:
+        """Whether weights of a kind that `--no_decay` knows have weight decay."""
+        return kind not in (self.no_decay or ())
+
     def conflicts(self, models: dict[str, str | None]) -> list[str]:
         """Contradictions between these flags, each with its remedy.
 
@@ -47,6 +77,14 @@ class AdaptationSettings:
         problems = []
         if self.use_neft and self.neft_alpha == 0:
             problems.append("--neft_alpha 0: gives no noise; leave --use_neft out")
+        if self.lr_embeddings is not None and self.lora_rank and not self.trains_embeddings_beside_lora:
+            problems.append(
+                f"--lr_embeddings {self.lr_embeddings:g}: with --lora_rank {self.lora_rank} the embeddings "
+                "are frozen; add --lora_embeddings train, or leave it out"
+            )
+        pretrained = models.get("pretrained")
+        if self.trains_new_rows_alone and pretrained is not None and Path(pretrained).is_dir():
+            problems.extend(self.missing_report(f"--pretrained {pretrained}", Path(pretrained) / REPORT_FILE))
         if not self.lora_rank:
             if self.merge_lora:
                 problems.append("--merge_lora: needs --lora_rank above 0")
@@ -63,6 +101,21 @@ class AdaptationSettings:
                 problems.extend(self.forgotten_rows(f"--{name} {path}"))
                 break
         return problems
+
+    def missing_report(self, model: str, report: Path | None) -> list[str]:
+        """Only the report of an extension says which rows are new.
+
+        Args:
+            model: flag and value that name the model.
+            report: where the report has to be; None where the hub has none.
+        """
+        if not self.trains_new_rows_alone or (report is not None and report.is_file()):
+            return []
+        return [
+            f"--freeze_non_embeds_params {NEW_ROWS}: {model} has no {REPORT_FILE}, which says which rows are "
+            "new; give a model whose vocabulary was extended with init_tokenizer.py and init_model.py, or "
+            "train all rows of the embeddings with --freeze_non_embeds_params True"
+        ]
 
     def forgotten_rows(self, extended: str) -> list[str]:
         """LoRA alone would leave the rows of new pieces as they were initialised: the user decides.

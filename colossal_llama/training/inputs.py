@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
+from colossal_llama.tokenizer.new_rows import read_new_ids
 from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE
 from colossal_llama.training.data.mixing import find_weight_problems
 from colossal_llama.training.data.prepared_rows import PreparedDataset, find_part_directories
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: model configuration, tokenizer, padding, training rows, evaluation sets by name."""
+    """What a run reads: model configuration, tokenizer, padding, training rows, evaluation sets by name; ids
+    of new pieces where their rows alone train.
+    """
 
     config: LlamaConfig
     tokenizer: PreTrainedTokenizerBase | None
     pad_token_id: int
     dataset: RowDataset
     evaluation_sets: dict[str, PreparedDataset]
+    new_ids: range | None = None
 
 
 def open_inputs(settings: RunSettings) -> Inputs:
@@ -38,11 +42,12 @@ def open_inputs(settings: RunSettings) -> Inputs:
     config = load_config(wanted.pretrained, wanted.trust_remote_code)
     settings.context.apply(config)
     _refuse_forgotten_rows(settings)
+    new_ids = _find_new_ids(settings, config)
     if settings.output.benchmark:
         rows = RandomRows(
             settings.output.num_samples, wanted.max_length, config.vocab_size, settings.optimizer.seed
         )
-        return Inputs(config, None, 0, rows, {})
+        return Inputs(config, None, 0, rows, {}, new_ids)
     tokenizer = load_tokenizer(wanted.pretrained, wanted.trust_remote_code)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
@@ -74,18 +79,44 @@ def open_inputs(settings: RunSettings) -> Inputs:
         raise UserError(problems)
     dataset, *evaluated = opened
     evaluation_sets = dict(zip(set_names(list(evaluation_paths)), evaluated, strict=True))
-    return Inputs(config, tokenizer, pad_token_id, dataset, evaluation_sets)
+    return Inputs(config, tokenizer, pad_token_id, dataset, evaluation_sets, new_ids)
 
 
 def _refuse_forgotten_rows(settings: RunSettings) -> None:
     """What the arguments' own check can't see: a model of the hub with an extended vocabulary."""
-    from transformers.utils import cached_file
-
     pretrained = settings.data.pretrained
     problems = settings.adaptation.forgotten_rows(f"--pretrained {pretrained}")
     if not problems or Path(pretrained).is_dir():
         return
+    if _find_report(pretrained) is not None:
+        raise UserError(problems)
+
+
+def _find_new_ids(settings: RunSettings, config: LlamaConfig) -> range | None:
+    """The ids of the pieces that extended the model's vocabulary, where their rows alone are to train."""
+    if not settings.adaptation.trains_new_rows_alone:
+        return None
+    pretrained = settings.data.pretrained
+    report = _find_report(pretrained)
+    if problems := settings.adaptation.missing_report(f"--pretrained {pretrained}", report):
+        raise UserError(problems)
+    assert report is not None
+    new_ids = read_new_ids(report)
+    if new_ids.stop > config.vocab_size:
+        raise UserError(
+            f"--pretrained {pretrained}: its {REPORT_FILE} counts {new_ids.stop:,} tokens, the model has "
+            f"only {config.vocab_size:,} embeddings; run colossal_llama/model/init_model.py first"
+        )
+    return new_ids
+
+
+def _find_report(pretrained: str) -> Path | None:
+    """The report of the extension of a model's vocabulary; of a model of the hub too."""
+    from transformers.utils import cached_file
+
+    if Path(pretrained).is_dir():
+        return Path(pretrained) / REPORT_FILE if (Path(pretrained) / REPORT_FILE).is_file() else None
     reasons = ("missing_entries", "connection_errors", "gated_repo")
     quietly = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
-    if cached_file(pretrained, REPORT_FILE, **quietly) is not None:
-        raise UserError(problems)
+    found = cached_file(pretrained, REPORT_FILE, **quietly)
+    return None if found is None else Path(found)

@@ -75,6 +75,8 @@ class TrainingLoop:
         self.settings, self.plugin, self.inputs = run.settings, run.plugin, run.inputs
         self.dataset, self.schedule = run.inputs.dataset, run.plan.schedule
         self.order, self.planned_sets = run.plan.order, run.plan.sets
+        peak = self.settings.adaptation.lr_embeddings
+        self.embeddings_schedule = None if peak is None else replace(self.schedule, peak=peak)
         self.state, self.writer, self.metrics = state, writer, metrics
         self.stop, self.meter = stop, meter
         layout, max_steps = self.plugin.layout, self.settings.optimizer.max_steps
@@ -243,9 +245,12 @@ class TrainingLoop:
                 f"(ln of the vocabulary is {math.log(plugin.causal_lm.config.vocab_size):.3f}); "
                 f"are the weights of --pretrained {self.settings.data.pretrained} the ones you meant?"
             )
-        learning_rate = self.schedule.at(state.step + state.schedule_offset)
+        schedule_step = state.step + state.schedule_offset
+        learning_rate, embeddings_rate = self.schedule.at(schedule_step), None
+        if self.embeddings_schedule is not None:
+            embeddings_rate = self.embeddings_schedule.at(schedule_step)
         with self._phase("optimizer"):
-            grad_norm, skipped = plugin.optimizer_step(learning_rate)
+            grad_norm, skipped = plugin.optimizer_step(learning_rate, embeddings_rate)
         if not skipped and not math.isfinite(grad_norm):
             self._stop_at_broken_loss(grad_norm, own_loss, collated, what="gradient norm")
         epoch = state.epoch
@@ -264,6 +269,7 @@ class TrainingLoop:
             "tokens": state.tokens,
             **({"loss": loss} if num_labels else {}),
             "lr": learning_rate,
+            **({} if embeddings_rate is None else {"lr_embeddings": embeddings_rate}),
             "grad_norm": grad_norm,
             "tokens_per_second": num_tokens / seconds,
             "step_seconds": seconds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from colossal_llama.training.data.mixing import MixedOrder, find_repeat_problems, make_order
@@ -217,6 +217,7 @@ def _format_run(plan: RunPlan, plugin: Plugin) -> str:
     rows: list[tuple[str, object]] = [
         ("parameters", plan.parameters.total),
         ("of them trained", plan.parameters.trainable),
+        *_adaptation_rows(plan, plugin),
         ("processes", plan.world_size),
         ("plugin and layout", plugin.describe_layout()),
         ("precision", plugin.layout.mixed_precision),
@@ -232,6 +233,9 @@ def _format_run(plan: RunPlan, plugin: Plugin) -> str:
         ("learning rate", str(plan.schedule)),
         ("shape of its decay", "none" if plan.schedule.shape == "constant" else plan.schedule.shape),
     ]
+    if (peak := plugin.settings.adaptation.lr_embeddings) is not None:
+        last = replace(plan.schedule, peak=peak).at(plan.total_steps)
+        rows.append(("learning rate of the embeddings", f"{peak:g} down to {last:g}"))
     if plan.planned_steps != plan.total_steps:
         rows.append(("steps of this run (--max_steps)", plan.planned_steps))
     rows.append(("tokens of this run, about", round(plan.tokens_per_step * plan.planned_steps)))
@@ -252,6 +256,17 @@ def _format_sets(plan: RunPlan) -> str:
         if each.wanted is not None:
             rows[-1].append(f"{each.wanted:.2%}")
     return format_table([*header, *(["wanted"] if is_mixed else [])], rows)
+
+
+def _adaptation_rows(plan: RunPlan, plugin: Plugin) -> list[tuple[str, object]]:
+    """What trains differently from the rest of the parameters that the memory is counted for."""
+    rows: list[tuple[str, object]] = []
+    if plugin.new_ids is not None:
+        ids = plugin.new_ids
+        rows.append(("of these change: new rows", f"{ids.start:,} to {ids.stop - 1:,} of each embedding"))
+    if plugin.settings.adaptation.no_decay:
+        rows.append(("without weight decay", ", ".join(sorted(set(plugin.settings.adaptation.no_decay)))))
+    return rows
 
 
 def _format_memory(plan: RunPlan, plugin: Plugin) -> str:

@@ -116,6 +116,7 @@ class Run:
         if dataset is not None:
             inputs = replace(inputs, dataset=dataset)
         plugin = find_plugin(settings.layout.plugin)(settings, world_size)
+        plugin.new_ids = inputs.new_ids
         too_long = find_too_long_rows(inputs.config, settings.data.max_length)
         if problems := [*plugin.model_conflicts(inputs.config), *too_long]:
             raise UserError(problems)
@@ -327,7 +328,7 @@ class Run:
             data=data,
             rows_per_step=self.plan.rows_per_step,
             total_steps=self.plan.total_steps,
-            model=model_facts(self.inputs.config),
+            model=model_facts(self.inputs.config, self.inputs.new_ids),
             versions=installed_versions(),
         )
 

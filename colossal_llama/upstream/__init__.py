@@ -30,8 +30,6 @@ Other defects are cured by how a part of the suite is made, so they have no file
       optimizer_files.py             save_optimizer asserts on a padded vocabulary
     training/llama/attention.py      colossalai: sequence parallelism without flash drops the    colossalai
                                      causal mask; transformers: SDPA joins packed documents      transformers
-    training/llama/loading.py        transformers: pad_token_id of a configuration keeps a row   transformers
-                                     of the embeddings from training (padding_idx)
     training/llama/loss.py           liger: losses are rounded to the logits' precision;         transformers
                                      transformers casts the whole logits to fp32; colossalai
                                      rounds the loss under sequence parallelism to bf16
@@ -45,9 +43,8 @@ Other defects are cured by how a part of the suite is made, so they have no file
                                      placement "auto" evaluates after a first step only
     training/plugins/hybrid.py       colossalai: in a pipeline, nothing waits for reductions     - (a GPU)
                                      that overlap with the backward pass
-                                     colossalai: ZeRO fails on a stage without parameters that   colossalai
-                                     train (refused with a message); pipelines that cache the
-                                     shapes of batches fail once they change
+                                     colossalai: pipelines that cache the shapes of batches      -
+                                     fail once they change
     training/resilience/             torchrun, killed, leaves its workers alive                  torch
       interruption.py
     utils/errors.py (run_command,    torch: destroying a gloo group whose peers have left can    - (a matter

@@ -120,10 +120,17 @@ class ArgumentParser(argparse.ArgumentParser):
         group.add_argument = lambda *a, **k: _declare(self, declare, a, k)  # type: ignore[method-assign]
         return group
 
-    def add_flag(self, name: str, default: bool, help: str, group: Any = None) -> argparse.Action:
-        """A boolean: `--x`, `--x True`, `--x False`; one that is on by default also has `--no-x`."""
+    def add_flag(
+        self, name: str, default: bool, help: str, group: Any = None, words: Sequence[str] = ()
+    ) -> argparse.Action:
+        """A boolean: `--x`, `--x True`, `--x False`; one that is on by default also has `--no-x`.
+
+        Args:
+            words: values that are accepted beside the boolean ones, and stay text.
+        """
         names = [name] if not default else [name, f"--no-{name.removeprefix('--')}"]
-        return (group or self).add_argument(*names, action=_FlagAction, default=default, help=help)
+        more = {"words": tuple(words)} if words else {}
+        return (group or self).add_argument(*names, action=_FlagAction, default=default, help=help, **more)
 
     def add_check(self, check: Callable[[argparse.Namespace], list[str]]) -> None:
         """`check` gets arguments that are each valid by themselves, and returns messages on how they
@@ -198,16 +205,27 @@ def _recording(parser: ArgumentParser, name: str, converter: Callable, choices: 
 class _FlagAction(argparse.Action):
     parser: ArgumentParser
 
-    def __init__(self, option_strings: list[str], dest: str, default: bool, help: str) -> None:
-        super().__init__(
-            option_strings, dest=dest, nargs="?", default=default, help=help, metavar="True|False"
-        )
+    def __init__(
+        self,
+        option_strings: list[str],
+        dest: str,
+        default: bool,
+        help: str,
+        words: tuple[str, ...] = (),
+    ) -> None:
+        metavar = "|".join(("True", "False", *words))
+        super().__init__(option_strings, dest=dest, nargs="?", default=default, help=help, metavar=metavar)
+        self.words = words
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values in self.words:
+            setattr(namespace, self.dest, values)
+            return
         try:
             value = True if values is None else parse_bool(values)
         except ValueError as error:
-            self.parser.problems.append(f"{option_string} {values}: {error}")
+            others = "".join(f" or {word}" for word in self.words)
+            self.parser.problems.append(f"{option_string} {values}: {error}{others}")
             return
         negated = option_string is not None and option_string.startswith("--no-")
         setattr(namespace, self.dest, value != negated)

@@ -40,25 +40,31 @@ class Flag:
     Attributes:
         help: what it does, with its unit.
         type: converts the text; raises ValueError with what is wrong.
+        words: of a boolean: values beside True and False.
         repeatable: can be given several times; the setting is the list of values.
         also: other names that are accepted.
         on_resume: what a run that continues from a checkpoint may do with it.
         unset_means: the value that None means.
+        unordered: several values mean the same in any order.
     """
 
     help: str
     type: Callable[[str], Any] | None = None
     choices: Sequence[Any] | None = None
+    words: tuple[str, ...] = ()
     nargs: str | None = None
     repeatable: bool = False
     required: bool = False
     also: tuple[str, ...] = ()
     on_resume: OnResume = OnResume.FIXED
     unset_means: Any = None
+    unordered: bool = False
     default: Any = None
 
     def meaning(self, value: Any) -> Any:
-        return self.unset_means if value is None else value
+        """What tells two values apart that are written differently and mean the same."""
+        value = self.unset_means if value is None else value
+        return sorted(set(value)) if self.unordered else value
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -84,7 +90,13 @@ def add_settings(
     for each in dataclasses.fields(settings):  # type: ignore[arg-type]
         declared: Flag = each.metadata["flag"]
         if isinstance(each.default, bool):
-            parser.add_flag(f"--{each.name}", default=each.default, help=declared.help, group=group)
+            parser.add_flag(
+                f"--{each.name}",
+                default=each.default,
+                help=declared.help,
+                group=group,
+                words=declared.words,
+            )
             continue
         options = {
             "type": declared.type,

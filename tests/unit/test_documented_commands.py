@@ -97,6 +97,8 @@ def create_inputs(arguments: list[str]) -> None:
             else:
                 path.mkdir(parents=True, exist_ok=True)
                 (path / "config.json").touch()
+                if "new_rows" in arguments:
+                    (path / "vocabulary_extension.json").touch()
 
 
 # Commands of other programs, which nothing here can parse.

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from colossal_llama.training.llama.attention import install_attention
 from colossal_llama.upstream.cpu_training import enable_cpu_training
+from colossal_llama.upstream.empty_parameter_groups import allow_empty_groups
 from colossal_llama.upstream.gemini_adam import DividingAdamW, let_gemini_take_torch_adam
 from colossal_llama.upstream.gemini_memory_samples import count_memory_samples_anew
 from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus, pretend_device_memory
@@ -30,6 +32,7 @@ from colossal_llama.upstream.loss_scale import BackwardLossScale
 from colossal_llama.upstream.pickled_code import refuse_pickled_code
 from colossal_llama.upstream.ring_sequence_parallelism import working_mode
 from colossal_llama.upstream.split_gather_gradients import sum_partial_gradients_once
+from colossal_llama.upstream.zero_beside_ddp import take_ddp_off
 from colossal_llama.upstream.zero_fp32 import allow_fp32
 
 RIGHT = "right"
@@ -133,11 +136,44 @@ def pickled_code(directory: Path, cured: bool = False) -> str:
 # ---------------------------------------------------------------------- on a CPU that is made to work
 
 
-def zero_with_an_empty_group(directory: Path) -> str:
+def zero_with_an_empty_group(directory: Path, cured: bool = False) -> str:
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
+    if cured:
+        allow_empty_groups()
     weight = torch.nn.Parameter(torch.ones(4))
     LowLevelZeroOptimizer(torch.optim.AdamW([{"params": []}, {"params": [weight]}]))
+    return RIGHT
+
+
+def norm_of_an_empty_group(directory: Path, cured: bool = False) -> str:
+    """The first stage of two has gradients, the second one none; here neither waits for the other."""
+    from colossalai.booster.plugin import hybrid_parallel_plugin
+
+    if cured:
+        allow_empty_groups()
+    stages = SimpleNamespace(tp_pg=None, pp_pg=dist.group.WORLD, tp_size=1, pp_size=2, shared_params=[])
+    held = [] if dist.get_rank() else [torch.tensor([3.0, 4.0])]
+    reduced = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, **options: reduced.append(cured and all_reduce(tensor, **options))
+    try:
+        for kind, process_groups, gradients in (
+            ("Naive", (), [(None, gradient) for gradient in held]),
+            ("AMP", (), [(None, gradient) for gradient in held]),
+            ("Zero", (None,), held),
+        ):
+            optimizer = getattr(hybrid_parallel_plugin, f"HybridParallel{kind}Optimizer")
+            before = len(reduced)
+            norm = optimizer._compute_grad_norm(stages, *process_groups, gradients)
+            seen = torch.tensor([len(reduced) - before])
+            all_reduce(seen, op=dist.ReduceOp.MIN)
+            if not seen:
+                return f"{kind}: the second stage takes no part"
+            if norm != 5.0:
+                return f"{kind}: norm {norm}"
+    finally:
+        dist.all_reduce = all_reduce
     return RIGHT
 
 
@@ -228,6 +264,23 @@ def rotary_frequencies(directory: Path) -> str:
     boost(hybrid_plugin(precision="bf16"), model)
     dtype = model.model.rotary_emb.inv_freq.dtype
     return RIGHT if dtype == torch.float32 else str(dtype)
+
+
+def zero_beside_ddp(directory: Path, cured: bool = False) -> str:
+    """Two passes, with buckets that are full at once; split over two tensor parallel ranks."""
+    plugin = hybrid_plugin(tp_size=2, zero_stage=2, zero_bucket_size_in_m=0)
+    allow_fp32(plugin)
+    whole, model = make_model(), make_model()
+    _, boosted, optimizer = boost(plugin, model)
+    if cured:
+        take_ddp_off(boosted)
+    gradients(boosted, optimizer, 2)
+    for _ in range(2):
+        whole(make_ids(), labels=make_ids()).loss.backward()
+    found = optimizer.get_param_grad(model.model.norm.weight)
+    wanted = whole.model.norm.weight.grad
+    error = float((found - wanted).norm() / wanted.norm())
+    return RIGHT if error < 1e-3 else f"gradients off by {error:.3f}"
 
 
 def masters_in_a_checkpoint(directory: Path) -> str:
@@ -429,6 +482,7 @@ BEFORE = (
 )
 CURES = (
     pickled_code,
+    zero_beside_ddp,
     growing_loss_scale,
     zero_in_fp32,
     future_under_sequence_parallelism,
@@ -437,6 +491,8 @@ CURES = (
 )
 AFTER = (
     zero_with_an_empty_group,
+    norm_of_an_empty_group,
+    zero_beside_ddp,
     norm_without_clipping,
     growing_loss_scale,
     ddp_without_mixed_precision,
@@ -457,6 +513,8 @@ GEMINI = (
     mode_of_a_wrapped_model,
 )
 GEMINI_BY_DESIGN = (evaluation_before_training, exported_weights)
+# They change colossalai for good.
+LAST_CURES = (zero_with_an_empty_group, norm_of_an_empty_group)
 
 
 def main() -> None:
@@ -487,6 +545,7 @@ def main() -> None:
     look((gemini_on_a_cpu,), " cured")
     look((*GEMINI, *GEMINI_BY_DESIGN))
     look(GEMINI, " cured", cured=True)
+    look(LAST_CURES, " cured", cured=True)
     sys.stdout.flush()
     os._exit(0)
 

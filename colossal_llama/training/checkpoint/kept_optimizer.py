@@ -136,6 +136,8 @@ class KeptOptimizer:
                 continue
             kept += here
             total += _count_leading(real, shape, dim, place.tensor_rank, begin, size)
+        if plugin.new_ids is not None:
+            _forget_other_rows(plugin)
         self._report(plugin, int(steps), kept, total, differing)
 
     def _report(self, plugin: Plugin, steps: int, kept: int, total: int, differing: int) -> None:
@@ -160,6 +162,15 @@ class KeptOptimizer:
             f"Kept Adam's moments of {kept:,} of {total:,} trained parameters and its step count, {steps:,}, "
             f"from {self.saved.checkpoint}; {total - kept:,} start at zero{rows}"
         )
+
+
+def _forget_other_rows(plugin: Plugin) -> None:
+    """Makes the moments of rows that do not train zero: Adam would go on moving them."""
+    for row in plugin.new_row_values():
+        for kind in _MOMENTS:
+            values = plugin.optimizer.optim.state[row.master][kind].view(-1)
+            values[: row.values.start] = 0
+            values[row.values.stop :] = 0
 
 
 def _count_known_rows(modeling: Path, pretrained: str, tokenizer: PreTrainedTokenizerBase) -> int | None:

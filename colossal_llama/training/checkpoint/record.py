@@ -117,8 +117,16 @@ def state_json(record: RunRecord, state: TrainState) -> dict[str, Any]:
     return {"state": state.to_json(), **record.to_json()}
 
 
-def model_facts(config: LlamaConfig) -> dict[str, Any]:
-    return {name: getattr(config, name, None) for name in MODEL_FIELDS}
+def model_facts(config: LlamaConfig, new_ids: range | None = None) -> dict[str, Any]:
+    """What a resumed run's model must share with the saved one.
+
+    Args:
+        new_ids: ids of new pieces, where their rows alone train.
+    """
+    facts = {name: getattr(config, name, None) for name in MODEL_FIELDS}
+    if new_ids is not None:
+        facts["new_rows"] = [new_ids.start, new_ids.stop]
+    return facts
 
 
 def installed_versions() -> dict[str, str]:

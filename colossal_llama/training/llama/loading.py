@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +17,7 @@ from colossal_llama.model.model_config import (
 from colossal_llama.model.weight_files import check_index
 from colossal_llama.tokenizer.loading import load_pretrained_tokenizer
 from colossal_llama.upstream.byte_order_marks import accept_byte_order_marks
+from colossal_llama.upstream.padding_row import without_padding_row
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.messages import cap_problems, first_line
 
@@ -85,7 +84,7 @@ def load_causal_lm(weights: str, flag: str, config: LlamaConfig, dtype: torch.dt
     if Path(weights).is_dir():
         check_index(Path(weights), flag)
     try:
-        with every_row_trains(config) as restore:
+        with without_padding_row(config) as pad_token_id:
             model, info = LlamaForCausalLM.from_pretrained(
                 weights,
                 config=config,
@@ -93,7 +92,7 @@ def load_causal_lm(weights: str, flag: str, config: LlamaConfig, dtype: torch.dt
                 attn_implementation="sdpa",
                 output_loading_info=True,
             )
-            restore(model, find_model_file(weights, GENERATION_CONFIG_FILE) is None)
+            _restore_padding(model, pad_token_id, find_model_file(weights, GENERATION_CONFIG_FILE) is None)
     except Exception as error:
         raise UserError(f"{flag} {weights}: the weights cannot be loaded ({first_line(error)})") from None
     problems = [f"{flag} {weights}: tensor {name} is missing" for name in sorted(info["missing_keys"])]
@@ -109,38 +108,28 @@ def random_causal_lm(config: LlamaConfig, dtype: torch.dtype, seed: int) -> Llam
 
     torch.manual_seed(seed)
     config.torch_dtype = dtype
-    with every_row_trains(config) as restore:
+    with without_padding_row(config) as pad_token_id:
         model = LlamaForCausalLM._from_config(config, torch_dtype=dtype, attn_implementation="sdpa")
-        restore(model, True)
-    return model
+        return _restore_padding(model, pad_token_id, True)
 
 
-@contextlib.contextmanager
-def every_row_trains(config: LlamaConfig) -> Iterator[Callable[[LlamaForCausalLM, bool], None]]:
-    """Makes `from_pretrained` build an embedding without a row for padding.
+def _restore_padding(
+    model: LlamaForCausalLM, pad_token_id: int | None, generation_of_config: bool
+) -> LlamaForCausalLM:
+    """Writes back what `without_padding_row` hid, so that what is saved holds it as before.
 
-    `pad_token_id` becomes the embedding's `padding_idx`, whose row gets no gradient, in colossalai's sharded
-    embeddings too: 2 would freeze `</s>`, -1 the last piece. Padding needs no such row: it has no loss.
-
-    The context yields a function that writes the value back, so that what is saved holds it as before. It
-    takes the model, and whether the model's generation configuration was derived from `config`.
+    Args:
+        generation_of_config: the model's generation configuration was derived from its configuration.
     """
     from transformers import GenerationConfig
 
-    pad_token_id = config.pad_token_id
-
-    def restore(model: LlamaForCausalLM, generation_of_config: bool) -> None:
-        model.config.pad_token_id = pad_token_id
-        if generation_of_config and not outside_vocabulary(pad_token_id, config.vocab_size):
-            model.generation_config = GenerationConfig.from_model_config(model.config)
-        if outside_vocabulary(model.generation_config.pad_token_id, config.vocab_size):
-            model.generation_config.pad_token_id = None  # with -1, transformers refuses to save it
-
-    config.pad_token_id = None
-    try:
-        yield restore
-    finally:
-        config.pad_token_id = pad_token_id
+    config = model.config
+    config.pad_token_id = pad_token_id
+    if generation_of_config and not outside_vocabulary(pad_token_id, config.vocab_size):
+        model.generation_config = GenerationConfig.from_model_config(config)
+    if outside_vocabulary(model.generation_config.pad_token_id, config.vocab_size):
+        model.generation_config.pad_token_id = None  # with -1, transformers refuses to save it
+    return model
 
 
 def is_weights_directory(path: Path) -> bool:

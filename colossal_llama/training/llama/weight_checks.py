@@ -12,7 +12,7 @@ from torch import nn
 
 from colossal_llama.model.weight_files import find_shards, iterate_chunks, open_shard
 from colossal_llama.training.llama.adapters import is_embedding
-from colossal_llama.training.llama.loading import every_row_trains
+from colossal_llama.upstream.padding_row import without_padding_row
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.messages import cap_problems, first_line
 
@@ -36,7 +36,7 @@ def check_weights(
     if not Path(weights).is_dir():
         return None  # of the hub: the run loads it
     try:
-        with every_row_trains(config), torch.device("meta"):
+        with without_padding_row(config), torch.device("meta"):
             model = LlamaForCausalLM(config)
     except Exception as error:
         raise UserError(f"{flag} {weights}: the model cannot be built ({first_line(error)})") from None

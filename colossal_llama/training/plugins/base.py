@@ -21,9 +21,17 @@ from torch import nn
 
 from colossal_llama.model.dtypes import torch_dtype
 from colossal_llama.training.layout import Layout
+from colossal_llama.training.llama.adapters import is_embedding
 from colossal_llama.training.llama.embedding_noise import EmbeddingNoise
 from colossal_llama.training.llama.flash import FlashKernel, find_flash_kernel, why_no_flash
+from colossal_llama.training.llama.new_rows import (
+    NewRowValues,
+    decay_before_steps,
+    local_values,
+    mask_gradients,
+)
 from colossal_llama.training.memory import FP32_BYTES, ParameterCounts, count_held_parameters, head_size
+from colossal_llama.training.plugins.groups import parameter_groups, set_learning_rates
 from colossal_llama.training.settings import RunSettings
 from colossal_llama.upstream.loss_scale import BackwardLossScale
 from colossal_llama.upstream.packed_attention import find_packed_attention
@@ -82,6 +90,7 @@ class Plugin(ABC):
             device (pipeline: of a microbatch's, on the last stage). Set before `boost`.
         spreads_weights: no process has whole weights, so all of them take part when one gathers some.
         pads_vocabulary: rows are added to the embeddings that it splits.
+        new_ids: the embedding rows that alone train; None where rows are not told apart. Set before boosting.
 
     After `boost`:
         causal_lm, peft_model, model, optimizer: the LLaMA, it or the PEFT model around it, and both as
@@ -103,6 +112,7 @@ class Plugin(ABC):
         self.settings = settings
         self.layout: Layout = settings.layout.on(world_size)
         self.row_losses: list[torch.Tensor] | None = None
+        self.new_ids: range | None = None
 
     # ------------------------------------------------------------------ before a run
 
@@ -219,6 +229,11 @@ class Plugin(ABC):
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def tensor_rank(self) -> int:
+        """This process's part of what is split by tensor parallelism, the vocabulary among it."""
+        return 0 if self.tensor_group is None else dist.get_rank(self.tensor_group)
+
     @abstractmethod
     def make_booster_plugin(self) -> Any:
         """colossalai's plugin, with the settings of this run."""
@@ -241,9 +256,9 @@ class Plugin(ABC):
             self.settings.optimizer.deterministic,
         )
 
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW over the parameters that train: torch's own on every device. Those of colossalai are compiled
-        at their first use, which needs nvcc.
+    def make_optimizer(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW over the parameters that train, in their groups: torch's own on every device. Those of
+        colossalai are compiled at their first use, which needs nvcc.
         """
         return torch.optim.AdamW(parameters, fused=True, **self.adam_settings)
 
@@ -272,7 +287,9 @@ class Plugin(ABC):
                 causal_lm.enable_input_require_grads()
         self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
         self.loaded_sums = weight_sums(model)
-        optimizer = self.make_optimizer([p for p in model.parameters() if p.requires_grad])
+        if self.new_ids is not None:
+            mask_gradients(causal_lm, self.new_ids, self.tensor_rank)
+        optimizer = self.make_optimizer(parameter_groups(model, self.settings.adaptation))
         self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
         install_forwards(
             causal_lm,
@@ -289,6 +306,9 @@ class Plugin(ABC):
         self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
         self.check_weights()
         self.loss_scale = BackwardLossScale.find(self.optimizer)
+        if self.new_ids is not None and self.settings.adaptation.decays("embeddings"):
+            weight_decay = self.settings.optimizer.weight_decay
+            decay_before_steps(self.optimizer.optim, self.new_row_values(), weight_decay)
         self.after_boost()
 
     def check_weights(self) -> None:
@@ -379,14 +399,18 @@ class Plugin(ABC):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
+    def optimizer_step(
+        self, learning_rate: float, embeddings_rate: float | None = None
+    ) -> tuple[float, bool]:
         """Clips, steps, clears the gradients.
+
+        Args:
+            embeddings_rate: learning rate of the embeddings where they have one of their own.
 
         Returns:
             The gradient norm before clipping, and whether fp16 overflowed so that the step was left out.
         """
-        for group in self.optimizer.optim.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rates(self.optimizer.optim, learning_rate, embeddings_rate)
         self.optimizer.step()
         skipped = False
         norm = float(self.optimizer.get_grad_norm() or 0.0)
@@ -461,6 +485,17 @@ class Plugin(ABC):
         """Where `master` begins in the flattened parameter, or part of it, that it is a slice of."""
         offset = self.slice_offset(parameter)
         return self.shard_coordinates().zero_rank * master.numel() if offset is None else offset
+
+    def new_row_values(self) -> list[NewRowValues]:
+        """Where the new rows are in what this process's optimizer updates."""
+        assert self.new_ids is not None
+        found = []
+        for name, (parameter, master) in self.master_weights().items():
+            if is_embedding(name):
+                begin, size = self.slice_begin(parameter, master), master.numel()
+                values = local_values(self.new_ids, parameter.shape, self.tensor_rank, begin, size)
+                found.append(NewRowValues(master, values))
+        return found
 
     def loss_scale_state(self) -> dict[str, float]:
         """The fp16 loss scaler's state, JSON-able; empty in other precisions."""

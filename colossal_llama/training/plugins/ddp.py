@@ -9,6 +9,7 @@ from torch import nn
 
 from colossal_llama.training.memory import FP32_BYTES, MOMENT_BYTES, ParameterCounts
 from colossal_llama.training.plugins.base import INITIAL_LOSS_SCALE, Plugin
+from colossal_llama.training.plugins.groups import set_learning_rates
 from colossal_llama.upstream.ddp_bucket_order import settle_gradient_buckets
 
 
@@ -51,10 +52,11 @@ class DdpPlugin(Plugin):
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
-    def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
+    def optimizer_step(
+        self, learning_rate: float, embeddings_rate: float | None = None
+    ) -> tuple[float, bool]:
         optimizer = self.optimizer.optim
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rates(optimizer, learning_rate, embeddings_rate)
         skipped = False
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)

@@ -119,7 +119,7 @@ class GeminiPlugin(Plugin):
             enable_async_reduce=False,
         )
 
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def make_optimizer(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return DividingAdamW(parameters, fused=True, **self.adam_settings)
 
     def boost(self, model: nn.Module, causal_lm: nn.Module, noise: EmbeddingNoise | None) -> None:

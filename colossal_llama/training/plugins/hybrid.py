@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,12 +24,11 @@ from colossal_llama.training.plugins.base import (
 )
 from colossal_llama.training.plugins.zero import ZERO_BUCKET_ELEMENTS, zero_master
 from colossal_llama.upstream.ddp_bucket_order import settle_gradient_buckets
+from colossal_llama.upstream.empty_parameter_groups import allow_empty_groups
 from colossal_llama.upstream.ring_sequence_parallelism import working_mode
 from colossal_llama.upstream.split_gather_gradients import sum_partial_gradients_once
+from colossal_llama.upstream.zero_beside_ddp import take_ddp_off
 from colossal_llama.upstream.zero_fp32 import allow_fp32
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
 
 
 class HybridPlugin(Plugin):
@@ -96,15 +95,6 @@ class HybridPlugin(Plugin):
             return [f"--sp 1: {mode} splits the sequence over --sp ranks; use --sp 2 or more"]
         return []
 
-    def model_conflicts(self, config: LlamaConfig) -> list[str]:
-        problems = super().model_conflicts(config)
-        if self.layout.pp > 2 and self.settings.adaptation.freeze_non_embeds_params:
-            problems.append(
-                f"--pp {self.layout.pp}: with --freeze_non_embeds_params the middle stages have nothing to "
-                "train; use --pp 2 or 1"
-            )
-        return problems
-
     def describe_layout(self) -> str:
         layout = self.layout
         return f"3d, tp {layout.tp} x pp {layout.pp} x sp {layout.sp}, ZeRO stage {layout.zero_stage}"
@@ -160,6 +150,8 @@ class HybridPlugin(Plugin):
             # A pipeline reduces after its last backward pass, and nothing waits for another stream.
             overlap_communication=self.on_gpu and not layout.is_pipeline,
         )
+        if layout.is_pipeline:
+            allow_empty_groups()
         if layout.mixed_precision == "fp32":
             allow_fp32(plugin)
         return plugin
@@ -188,6 +180,8 @@ class HybridPlugin(Plugin):
         }
 
     def after_boost(self) -> None:
+        if self.slices_optimizer:
+            take_ddp_off(self.model)
         if self.layout.splits_norms:
             sum_partial_gradients_once(self.causal_lm, self.booster_plugin.tp_group)
         settle_gradient_buckets(self)

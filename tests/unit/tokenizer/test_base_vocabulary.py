@@ -68,5 +68,5 @@ def test_new_rows(source: Path, extended: Path, tmp_path: Path) -> None:
     assert not find_new_rows(source)
     report = tmp_path / "vocabulary_extension.json"
     report.write_text(json.dumps({"counts": {}}))
-    with pytest.raises(UserError, match=r"vocabulary_extension\.json: does not say which rows are new"):
+    with pytest.raises(UserError, match=r"vocabulary_extension\.json: does not say which ids are new"):
         find_new_rows(tmp_path)

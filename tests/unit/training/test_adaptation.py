@@ -24,6 +24,9 @@ def extended(tmp_path: Path) -> Path:
         AdaptationSettings(),
         AdaptationSettings(freeze_non_embeds_params=True, use_neft=True),
         AdaptationSettings(neft_alpha=0),
+        AdaptationSettings(lr_embeddings=0.0, no_decay=["norms", "embeddings"]),
+        AdaptationSettings(lora_rank=8, lora_embeddings="train", lr_embeddings=1e-4),
+        AdaptationSettings(freeze_non_embeds_params="new_rows", lr_embeddings=1e-4),
         AdaptationSettings(lora_rank=8, merge_lora=True),
         AdaptationSettings(lora_rank=8, lora_embeddings="train", use_neft=True),
     ],
@@ -39,6 +42,11 @@ def test_what_goes_together(settings: AdaptationSettings) -> None:
         (AdaptationSettings(merge_lora=True), "--merge_lora: needs --lora_rank above 0"),
         (AdaptationSettings(lora_embeddings="freeze"), "--lora_embeddings freeze: needs --lora_rank above 0"),
         (AdaptationSettings(lora_rank=8, freeze_non_embeds_params=True), "--lora_rank and --freeze_non_"),
+        (AdaptationSettings(lora_rank=8, freeze_non_embeds_params="new_rows"), "--lora_rank and --freeze"),
+        (
+            AdaptationSettings(lora_rank=8, lr_embeddings=1e-4),
+            "--lr_embeddings 0.0001: with --lora_rank 8 the",
+        ),
     ],
 )
 def test_a_contradiction(settings: AdaptationSettings, problem: str) -> None:
@@ -75,3 +83,13 @@ def test_the_first_extended_model_asks_for_its_embeddings(extended: Path) -> Non
 )
 def test_embeddings_train_beside_adapters_on_request(settings: AdaptationSettings, train: bool) -> None:
     assert settings.trains_embeddings_beside_lora is train
+
+
+def test_new_rows_need_a_report_of_them(extended: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    settings = AdaptationSettings(freeze_non_embeds_params="new_rows")
+    other = tmp_path_factory.mktemp("model")
+    (problem,) = settings.conflicts({"pretrained": str(other)})
+    assert problem.startswith(f"--freeze_non_embeds_params new_rows: --pretrained {other} has no vocab")
+    assert settings.conflicts({"pretrained": str(extended)}) == []
+    for frozen in (False, True):
+        assert AdaptationSettings(freeze_non_embeds_params=frozen).conflicts({"pretrained": str(other)}) == []

@@ -42,21 +42,25 @@ def test_bad_data_and_bad_evaluation_data_are_named_together(tmp_path, training_
     ]
 
 
-@pytest.mark.parametrize("is_extended", [False, True])
-def test_lora_on_an_extended_model_of_the_hub_asks_for_its_embeddings(
-    is_extended, tmp_path, tiny_model_dir, monkeypatch
-):
-    """`freeze` is what leaving the flag out means elsewhere."""
+@pytest.fixture
+def hub_model(tmp_path, tiny_model_dir, monkeypatch):
+    """The directory of `some/model` in the cache of the hub."""
     from huggingface_hub import constants
 
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     shutil.copytree(tiny_model_dir, snapshot)
-    if is_extended:
-        (snapshot / "vocabulary_extension.json").write_text("{}")
     (tmp_path / "models--some--model" / "refs").mkdir()
     (tmp_path / "models--some--model" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path))
+    return snapshot
+
+
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_lora_on_an_extended_model_of_the_hub_asks_for_its_embeddings(is_extended, hub_model):
+    """`freeze` is what leaving the flag out means elsewhere."""
+    if is_extended:
+        (hub_model / "vocabulary_extension.json").write_text("{}")
     flags = ["--pretrained", "some/model", "--benchmark", "--plugin", "ddp", "--lora_rank", 4]
     if is_extended:
         with pytest.raises(UserError, match=r"--lora_embeddings: .*--pretrained some/model has an extended"):
@@ -64,3 +68,17 @@ def test_lora_on_an_extended_model_of_the_hub_asks_for_its_embeddings(
     else:
         open_inputs(parse(*flags))
     open_inputs(parse(*flags, "--lora_embeddings", "freeze"))
+
+
+def test_new_rows_of_a_model_of_the_hub(hub_model):
+    flags = ["--pretrained", "some/model", "--benchmark", "--plugin", "ddp"]
+    report = hub_model / "vocabulary_extension.json"
+    assert open_inputs(parse(*flags)).new_ids is None
+    flags += ["--freeze_non_embeds_params", "new_rows"]
+    with pytest.raises(UserError, match=r"new_rows: --pretrained some/model has no vocabulary_extension"):
+        open_inputs(parse(*flags))
+    report.write_text('{"counts": {"source_vocabulary_size": 9, "target_vocabulary_size": 12}}')
+    assert open_inputs(parse(*flags)).new_ids == range(9, 12)
+    report.write_text('{"counts": {"source_vocabulary_size": 9, "target_vocabulary_size": 1000000}}')
+    with pytest.raises(UserError, match=r"counts 1,000,000 tokens, the model has only .* run .*init_model"):
+        open_inputs(parse(*flags))

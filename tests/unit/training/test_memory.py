@@ -66,9 +66,11 @@ def test_llama_2_7b_has_its_known_size() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_trainable_parameters(tied: bool) -> None:
+@pytest.mark.parametrize("rows", ["", " new_rows"])
+def test_trainable_parameters(tied: bool, rows: str) -> None:
+    """Gradients and moments are those of whole matrices where only new rows change."""
     config = make_config(tie_word_embeddings=tied)
-    frozen = plugin_of("--plugin ddp --freeze_non_embeds_params").count_held_parameters(config)
+    frozen = plugin_of(f"--plugin ddp --freeze_non_embeds_params{rows}").count_held_parameters(config)
     assert frozen.total == count_parameters(config)
     assert frozen.trainable == (1 if tied else 2) * 128 * 64
 

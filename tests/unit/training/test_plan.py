@@ -179,6 +179,18 @@ def test_plan_of_a_small_model_is_in_mebibytes() -> None:
     assert cells(text)["at its fullest"] == [f"{plan.memory[0].peak / 1024**2:.2f}"]
 
 
+def test_what_trains_differently_is_in_the_plan() -> None:
+    plugin, plan = plan_of("--plugin ddp --lr_embeddings 1e-4 --no_decay norms embeddings", 100, world_size=1)
+    text = format_plan(plan, plugin)
+    assert "learning rate of the embeddings" in text
+    assert "0.0001 down to 1e-05" in text
+    assert "embeddings, norms" in text
+    assert "new rows" not in text
+    plugin, plan = plan_of("--plugin ddp --freeze_non_embeds_params new_rows", 100, world_size=1)
+    plugin.new_ids = range(1000, 2345)
+    assert "1,000 to 2,344 of each embedding" in format_plan(plan, plugin)
+
+
 # Several sets
 
 

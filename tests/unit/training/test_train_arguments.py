@@ -77,6 +77,8 @@ DEFAULTS = {
     "max_position_embeddings": None,
     "keep_optimizer": False,
     "freeze_non_embeds_params": False,
+    "lr_embeddings": None,
+    "no_decay": None,
     "lora_rank": 0,
     "lora_embeddings": None,
     "merge_lora": False,

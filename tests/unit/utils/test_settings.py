@@ -113,3 +113,32 @@ def test_values_for_a_record_are_sorted_and_plain(paths: list[Path], lr: float) 
     assert list(values) == sorted(values)
     assert values["files"] == [str(path) for path in paths]
     assert (values["lr"], values["model"], values["saves"]) == (lr, "m", False)
+
+
+@dataclass(frozen=True)
+class WordySettings:
+    freeze: bool | str = flag(False, "freezes", words=("new_rows",))
+    kinds: list[str] | None = flag(
+        None, "kinds", nargs="*", choices=("a", "b"), unset_means=(), unordered=True
+    )
+
+
+def read_wordy(*words: str) -> WordySettings:
+    parser = ArgumentParser(prog="script.py")
+    add_settings(parser, WordySettings)
+    return read_settings(WordySettings, parser.parse_args(words))
+
+
+def test_a_switch_may_have_values_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    given = {(): False, ("--freeze",): True, ("--freeze", "no"): False, ("--freeze", "new_rows"): "new_rows"}
+    assert {words: read_wordy(*words).freeze for words in given} == given
+    with pytest.raises(SystemExit):
+        read_wordy("--freeze", "rows")
+    assert "--freeze rows: use True or False or new_rows" in capsys.readouterr().err
+
+
+def test_values_without_an_order_mean_the_same_in_any() -> None:
+    kinds = flags_of([WordySettings()])["kinds"]
+    assert read_wordy("--kinds", "b", "a").kinds == ["b", "a"]
+    assert kinds.meaning(["b", "a", "a"]) == kinds.meaning(["a", "b"])
+    assert kinds.meaning(None) == kinds.meaning(read_wordy("--kinds").kinds) == []

@@ -286,3 +286,28 @@ def test_a_mixture_may_not_change_on_resume_but_the_limit_of_its_repeats_may(tmp
     check_resumable(older, record(None, None), settings, layout)
     with pytest.raises(UserError, match="--dataset_weights: None when saved"):
         check_resumable(older, record([3.0, 1.0], sets), settings, layout)
+
+
+def test_groups_and_new_rows_stay(tmp_path, tiny_model_dir):
+    """A checkpoint that knows nothing of groups had one; the order of `--no_decay` means nothing."""
+    settings = parse("--pretrained", tiny_model_dir, "--benchmark", "--plugin", "ddp")
+    layout = Layout()
+    old = replace(record_of(settings, lr_embeddings=..., no_decay=...), layout=layout.as_json())
+    for same in (None, []):
+        check_resumable(saved_run(tmp_path, old), record_of(settings, no_decay=same), settings, layout)
+    now = record_of(settings, no_decay=["norms"], lr_embeddings=1e-5)
+    with pytest.raises(UserError) as caught:
+        check_resumable(saved_run(tmp_path, old), now, settings, layout)
+    assert sorted(problem.partition(": ")[2] for problem in caught.value.problems[:2]) == [
+        "--lr_embeddings: None when saved, 1e-05 now",
+        "--no_decay: [] when saved, ['norms'] now",
+    ]
+    both = replace(record_of(settings, no_decay=["norms", "embeddings"]), layout=layout.as_json())
+    turned = record_of(settings, no_decay=["embeddings", "norms"])
+    check_resumable(saved_run(tmp_path, both), turned, settings, layout)
+
+    config = make_config()
+    facts = [model_facts(config, new_ids) for new_ids in (range(5, 9), range(6, 9))]
+    saved = saved_run(tmp_path, replace(both, model=facts[0]))
+    with pytest.raises(UserError, match=r"--pretrained: new_rows \[5, 9\] when saved, \[6, 9\] now"):
+        check_resumable(saved, replace(turned, model=facts[1]), settings, layout)
