@@ -59,8 +59,19 @@ def prepare(settings: PreparationSettings) -> None:
         run_key = _find_run_key(shards, spec, facts, settings, output)
         run_id = claim_output(output, run_key, paths.overwrite)
         encoded = encode_shards(workers, shards, spec, output.cache_dir / "shards", settings.skip_bad_records)
+        formats = encoded.count_formats()
         check_bad_records(encoded, settings.skip_bad_records)
-        run = BinRun(run_key, run_id, facts["kind"], tokenizer, spec.end_of_turn_ids, settings.records.splice)
+        run = BinRun(
+            run_key,
+            run_id,
+            facts["kind"],
+            tokenizer,
+            spec.end_of_turn_ids,
+            settings.records.splice,
+            None if spec.carried is None else spec.carried.as_json(),
+        )
+        if facts["kind"] == "sft":
+            facts["input_formats"] = formats
         written = write_bins(workers, encoded, output, rows, run)
         stats = _write_statistics(facts, encoded, written, settings, output)
         node_table = workers.describe_nodes()
@@ -79,7 +90,7 @@ def _make_spec(settings: PreparationSettings, output: OutputPaths) -> tuple[Enco
     tokenizer = load_tokenizer(settings.paths.tokenizer_dir)
     encoder = find_encoder(settings.records.encoder)
     spec = encoder.make_spec(tokenizer, settings.records, settings.rows.max_length)
-    info = save_tokenizer(tokenizer, output.cache_dir, spec.engine)
+    info = save_tokenizer(tokenizer, output.cache_dir, spec.engine, spec.follows_special_tokens)
     return replace(spec, tokenizer_json=str(info.json_path)), info
 
 

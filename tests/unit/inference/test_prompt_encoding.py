@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from colossal_llama.conversation import colossal
 from colossal_llama.conversation.messages import Message
-from colossal_llama.dataset.encoders.base import EncoderSpec
+from colossal_llama.conversation.stretches import follow_special_tokens
 from colossal_llama.dataset.encoders.conversation import ConversationEncoder
 from colossal_llama.dataset.labels import split_signed
+from colossal_llama.dataset.settings import SftSettings
 from colossal_llama.inference.prompt_encoding import choose_prompt_style
 from colossal_llama.utils.errors import UserError
 
@@ -40,10 +43,11 @@ def test_prompt_is_the_beginning_of_the_training_document(tokenizer: Any, tmp_pa
     style = choose_prompt_style(tokenizer, "sft", None, use_chat_template=False)
     prompt = style.encode(TALK)
     path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    path.write_text(follow_special_tokens(tokenizer.backend_tokenizer.to_str()), encoding="utf-8")
     end_id = tokenizer.convert_tokens_to_ids(end_token(tokenizer))
-    spec = EncoderSpec("sft", tokenizer.bos_token_id, end_id, 4096, tokenizer_json=str(path))
-    encoder = ConversationEncoder(spec)
+    settings = SftSettings(colossal.find_llama_version(tokenizer))
+    spec = ConversationEncoder.make_spec(tokenizer, settings, 4096)
+    encoder = ConversationEncoder(replace(spec, tokenizer_json=str(path)))
     messages = [{"from": message.role, "content": message.content} for message in TALK]
     record = {"messages": [*messages, {"from": "assistant", "content": "6,300 km."}]}
     (outcome,) = encoder.encode([encoder.parse(record)])
