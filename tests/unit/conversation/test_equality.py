@@ -112,7 +112,7 @@ def check_equal(template: TurnTemplate, tokenizer: Any, messages: list[Message])
         has_loss[start:end] = [1] * (end - start)
     if template.bound.keeps_stretches:
         assert out["assistant_masks"] == has_loss
-    # Else a token that such a tokenizer adds to a text has no character, and transformers' mask leaves it out.
+    # Else a token that the tokenizer adds to a text has no character, and transformers' mask leaves it out.
     prompt = template.encode_prompt(messages[:-1])
     assert prompt == tokenizer.apply_chat_template(
         as_chat(messages[:-1]), chat_template=text, add_generation_prompt=True
