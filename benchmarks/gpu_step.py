@@ -8,6 +8,7 @@ nothing is measured; `--toy` runs what a CPU can, to show that the script works.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -43,7 +44,7 @@ class Variant:
 
     Attributes:
         side: "ours", "bare" or "transformers".
-        flash: flash-attn's kernels; off, torch's own attention.
+        flash: flash attention, by flash-attn or by torch; off, torch's scaled dot-product attention.
         liger: liger's kernels; off, as if it were not installed.
     """
 
@@ -203,7 +204,9 @@ def _peer_model(args: Namespace, variant: Variant, model_dir: Path, dtype):
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    attention = "flash_attention_2" if variant.flash else "sdpa"
+    # Without the package, torch's attention: rows are one document each, for which it has a flash kernel.
+    has_package = importlib.util.find_spec("flash_attn") is not None
+    attention = "flash_attention_2" if variant.flash and has_package else "sdpa"
     with device:
         model = LlamaForCausalLM._from_config(config, torch_dtype=dtype, attn_implementation=attention)
     model.config.use_cache = False
@@ -323,10 +326,8 @@ def main() -> None:
 
 
 def with_what_is_there(variant: Variant, versions: dict[str, str]) -> Variant:
-    """Without the optional kernels that are not installed, on both sides of a comparison."""
-    flash = variant.flash and versions["flash-attn"] != "not installed"
-    liger = variant.liger and versions["liger-kernel"] != "not installed"
-    return replace(variant, flash=flash, liger=liger)
+    """Without liger where it is not installed, on both sides of a comparison."""
+    return replace(variant, liger=variant.liger and versions["liger-kernel"] != "not installed")
 
 
 def report_speed(name: str, speed: Speed, is_reference: bool) -> None:

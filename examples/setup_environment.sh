@@ -60,6 +60,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 clone, extra = Path(sys.argv[1]), sys.argv[2]
 lines = (clone / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -77,6 +78,9 @@ if extra:
     runpy.run_path("setup.py")
     lines += arguments["extras_require"][extra]
 for requirement in map(Requirement, lines):
+    if requirement.name == "torch":
+        # A newer one than colossalai allows was installed on purpose: docs/performance.md says how.
+        requirement.specifier = SpecifierSet(",".join(str(s) for s in requirement.specifier if s.operator == ">="))
     if requirement.marker is None or requirement.marker.evaluate():
         if not requirement.specifier.contains(version(requirement.name), prereleases=True):
             sys.exit(1)

@@ -16,5 +16,5 @@ export MPLBACKEND=Agg HF_HUB_OFFLINE=1
 
 ruff check .
 ruff format --check .
-shellcheck --external-sources -- *.sh tests/*.sh examples/*.sh examples/launch/*.{sh,sbatch} .ci/run
+shellcheck --external-sources -- *.sh tests/*.sh tests/gpu/*.sh examples/*.sh examples/launch/*.{sh,sbatch} .ci/run
 exec python -m pytest "$@" </dev/null

@@ -57,7 +57,9 @@ class LayoutSettings:
         on_resume=WITH_LAYOUT,
     )
     use_flash_attn: bool = flag(
-        False, "flash-attn's kernels (torch's attention on a CPU)", on_resume=WITH_LAYOUT
+        False,
+        "flash attention on a GPU: flash-attn, or torch's own kernel without that package",
+        on_resume=WITH_LAYOUT,
     )
 
     @property

@@ -8,6 +8,7 @@ et al. 2020 (arXiv:1910.02054) and what colossalai's optimizers hold; each plugi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -136,6 +137,7 @@ class MemoryEstimate:
     Attributes:
         step_copies: gradients in fp32, made for the optimizer when activations are gone.
         host: CPU memory of what is offloaded.
+        pinned: CPU memory, pinned where there is a GPU, of the copies that a background save writes.
     """
 
     weights: int = field(default=0, metadata={"label": "weights"})
@@ -147,6 +149,7 @@ class MemoryEstimate:
     communication: int = field(default=0, metadata={"label": "communication buffers"})
     step_copies: int = field(default=0, metadata={"label": "fp32 gradients while stepping"})
     host: int = field(default=0, metadata={"label": "CPU memory, offloaded"})
+    pinned: int = field(default=0, metadata={"label": "CPU memory, copies for saves"})
 
     @property
     def peak(self) -> int:
@@ -160,9 +163,23 @@ def estimate_memory(plugin: Plugin, config: LlamaConfig, stage: int = 0) -> Memo
     counts = plugin.count_held_parameters(config, stage)
     return MemoryEstimate(
         **plugin.estimate_states(counts),
+        pinned=estimate_save_copies(plugin, counts),
         activations=_estimate_activations(plugin, config, stage),
         loss=_estimate_loss(plugin, config) if stage == plugin.layout.pp - 1 else 0,
     )
+
+
+def estimate_save_copies(plugin: Plugin, counts: ParameterCounts) -> int:
+    """Bytes of the copies that a background save writes: this process's share of optimizer and weights.
+
+    Blocks of pinned memory are powers of two: up to twice as much, on average half as much again.
+    """
+    if not plugin.settings.output.async_save:
+        return 0
+    replicas = max(1, plugin.layout.world_size // (plugin.layout.tp * plugin.layout.pp))
+    slices = replicas if plugin.slices_optimizer else 1
+    optimizer = (FP32_BYTES + MOMENT_BYTES) * counts.trainable // slices
+    return (optimizer + plugin.parameter_bytes * counts.total // replicas) * 3 // 2
 
 
 def estimate_sliced_states(
@@ -198,6 +215,15 @@ def estimate_sliced_states(
     }
 
 
+def pinned_bytes(sizes: Iterable[int]) -> int:
+    """Pinned host memory for blocks of `sizes` bytes: torch rounds each up to a power of two.
+
+    >>> pinned_bytes([4, 5])
+    12
+    """
+    return sum(1 << (size - 1).bit_length() for size in sizes)
+
+
 def activation_bytes_per_token(plugin: Plugin, config: LlamaConfig) -> int:
     """Bytes that one decoder layer keeps for the backward pass, for each token of its input.
 
@@ -207,7 +233,7 @@ def activation_bytes_per_token(plugin: Plugin, config: LlamaConfig) -> int:
         two RMSNorms       2 d (4 + r + c)   input in fp32, normalized, output
           autocast         3 c d             a cast copy of the outputs for each of the five projections
         attention          4 c d_q / tp      query, key and value (repeated for grouped queries), output
-          flash attention  c (2 d_q + 2 d_kv) / tp      keys and values as they are
+          flash attention  c (2 d_q + 2 d_kv) / tp      keys and values as they are (flash-attn)
           block mask       c s               a value for every pair of tokens; not with flash attention
         SwiGLU             4 c f / tp        gate, activated gate, up, product
 
@@ -217,11 +243,13 @@ def activation_bytes_per_token(plugin: Plugin, config: LlamaConfig) -> int:
     length = layout.padded_length(plugin.settings.data.max_length)
     queries = config.num_attention_heads * head_size(config)
     keys = config.num_key_value_heads * head_size(config)
+    flash = plugin.expects_flash(config)
     norms = 2 * config.hidden_size * (FP32_BYTES + residual + value)
     if residual > value:
         norms += 3 * value * config.hidden_size
-    attention = value * (2 * queries + 2 * (keys if plugin.asks_for_flash else queries)) // layout.tp
-    mask = 0 if plugin.asks_for_flash else value * length
+    kept_keys = keys if flash and not plugin.flash_repeats_keys else queries
+    attention = value * (2 * queries + 2 * kept_keys) // layout.tp
+    mask = 0 if flash else value * length
     swiglu = 4 * value * config.intermediate_size // layout.tp
     lora = 0
     if plugin.settings.adaptation.lora_rank:
@@ -247,7 +275,7 @@ def _estimate_activations(plugin: Plugin, config: LlamaConfig, stage: int) -> in
     else:
         total = in_flight * layers * per_layer
     total = total * tokens // layout.sp
-    if not plugin.asks_for_flash:
+    if not plugin.expects_flash(config):
         # The boolean mask itself is made once a pass, for whole rows.
         total += in_flight * tokens * layout.padded_length(plugin.settings.data.max_length)
     return total

@@ -123,7 +123,7 @@ def _doubts(plugin: Plugin, config: LlamaConfig, warmup_steps: int, total_steps:
         doubts.append(
             f"--warmup_steps {warmup_steps}: the run has {total_steps} steps, so the learning rate only rises"
         )
-    return [*doubts, *plugin.doubts()]
+    return [*doubts, *plugin.gpu_doubts(config), *plugin.doubts()]
 
 
 def global_batch_line(plan: RunPlan, plugin: Plugin) -> str:
@@ -176,15 +176,16 @@ def _format_memory(plan: RunPlan, plugin: Plugin) -> str:
     rows = []
     for part in fields(MemoryEstimate):
         values = [getattr(plan.memory[stage], part.name) / unit for stage in shown]
-        if any(values) and part.name != "host":
+        if any(values) and part.name not in ("host", "pinned"):
             rows.append([part.metadata["label"], *(f"{value:,.2f}" for value in values)])
     rows.append(["at its fullest", *(f"{peaks[stage] / unit:,.2f}" for stage in shown)])
-    hosts = [plan.memory[stage].host / unit for stage in shown]
-    if any(hosts):
-        rows.append(["CPU memory, offloaded", *(f"{value:,.2f}" for value in hosts)])
+    for part in fields(MemoryEstimate):
+        values = [getattr(plan.memory[stage], part.name) / unit for stage in shown]
+        if any(values) and part.name in ("host", "pinned"):
+            rows.append([part.metadata["label"], *(f"{value:,.2f}" for value in values)])
     notes = [
-        "Counted tensor by tensor (after Korthikanti et al. 2022); kernels' workspaces, CUDA itself and",
-        "fragmentation come on top: leave a tenth of the device free.",
+        "Counted tensor by tensor (after Korthikanti et al. 2022); CUDA itself (about half a GiB), its",
+        "workspaces, NCCL's buffers and fragmentation come on top: leave a tenth of the device free.",
     ]
     if any(estimate.step_copies for estimate in plan.memory):
         notes.append(

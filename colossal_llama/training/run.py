@@ -46,7 +46,7 @@ from colossal_llama.training.plugins import find_plugin
 from colossal_llama.training.plugins.base import Plugin
 from colossal_llama.training.process import check_outputs, lock_save_dir
 from colossal_llama.training.reporting.curves import draw_curves
-from colossal_llama.training.reporting.kernels import describe_kernels
+from colossal_llama.training.reporting.kernels import describe_kernels, kernel_warnings
 from colossal_llama.training.reporting.metrics import MetricsWriter
 from colossal_llama.training.reporting.throughput import ThroughputMeter
 from colossal_llama.training.resilience.interruption import StopRequest
@@ -115,7 +115,10 @@ class Run:
             start = self._find_start()
             record = replace(self.make_record(), stage_weights=_absolute(start.stage_weights))
             self.plugin.start()
+            self.plugin.choose_attention(self.inputs.config)
             log(describe_kernels(self.plugin))
+            for message in kernel_warnings(self.plugin):
+                warn(message)
             files = self._prepare_files_together(start)
             self.boost(start, files)
             base = self._check_adapter_base(start.saved, self.plugin.loaded_sums)

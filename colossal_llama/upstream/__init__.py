@@ -37,10 +37,12 @@ Other defects are cured by how a part of the suite is made, so they have no file
                                      rounds the loss under sequence parallelism to bf16
     training/llama/adapters.py       peft: modules_to_save copies embeddings and unties them     transformers
     training/plugins/base.py         colossalai: no gradient norm without clipping; fused norms  colossalai
-                                     without apex are None; HybridAdam needs a compiler (AdamW
-                                     of torch is used on CPUs)
+                                     without apex are None; HybridAdam needs nvcc (torch's
+                                     AdamW is used)
     training/plugins/ddp.py          colossalai: no mixed precision, no clipping                 colossalai
-    training/plugins/hybrid.py       colossalai: ZeRO fails on a stage without parameters that   colossalai
+    training/plugins/hybrid.py       colossalai: in a pipeline, nothing waits for reductions     - (a GPU)
+                                     that overlap with the backward pass
+                                     colossalai: ZeRO fails on a stage without parameters that   colossalai
                                      train (refused with a message); pipelines that cache the
                                      shapes of batches fail once they change
     training/resilience/             torchrun, killed, leaves its workers alive                  torch

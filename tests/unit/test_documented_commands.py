@@ -98,7 +98,20 @@ def create_inputs(arguments: list[str]) -> None:
 
 
 # Commands of other programs, which nothing here can parse.
-UNPARSED = {"pip", "bash", "cp", "git", "for", "ray", "sbatch", "ssh-copy-id", "ssh-keygen", "vllm"} | {
+UNPARSED = {
+    "pip",
+    "bash",
+    "cp",
+    "git",
+    "for",
+    "ray",
+    "sbatch",
+    "ssh-copy-id",
+    "ssh-keygen",
+    "vllm",
+    "uv",
+    "echo",
+} | {
     "./build/bin/llama-quantize",
     "./build/bin/llama-cli",
 }

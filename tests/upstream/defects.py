@@ -254,7 +254,7 @@ def future_under_sequence_parallelism(directory: Path, cured: bool = False) -> s
     model = make_model()
     _, boosted, _ = boost(plugin, model)
     if cured:
-        install_attention(model, use_flash=False, ulysses_group=plugin.sp_group)
+        install_attention(model, ulysses_group=plugin.sp_group)
     ids, others = make_ids(), make_ids()
     others[0, -1] = 50
     # As the collator's `document_index` it says the same: one document.
@@ -281,7 +281,7 @@ def compare_gradients(mode: str, names: tuple[str, ...], passes: int, cured: boo
     plugin = hybrid_plugin(tp_size=2, enable_sequence_parallelism=True, sequence_parallelism_mode=mode)
     _, boosted, optimizer = boost(plugin, model)
     # The defect of the mask, which these are not about.
-    install_attention(model, use_flash=False)
+    install_attention(model)
     if cured:
         sum_partial_gradients_once(model, plugin.tp_group)
     gradients(boosted, optimizer, passes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -73,3 +74,27 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(worker, signal.SIGKILL)
         raise StillBroken
+
+
+LONGEST_WAIT = """
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+{first}
+minutes = distributed_c10d._get_default_timeout(dist.Backend.NCCL).total_seconds() / 60
+print("right" if minutes >= 30 else f"gives up after {{minutes:.0f}} minutes")
+"""
+
+
+@canary("torch 2.5.1: nccl_timeout")
+def test_groups_on_gpus_wait_as_long_as_others() -> None:
+    expect_right(run_python(LONGEST_WAIT.format(first="")), "gives up after 10 minutes")
+
+
+def test_groups_on_gpus_wait_for_a_checkpoint() -> None:
+    first = "from colossal_llama.upstream.nccl_timeout import *; wait_for_slow_processes()"
+    assert run_python(LONGEST_WAIT.format(first=first)) == "right"
+
+
+@canary("torch 2.5.1: packed_attention")
+def test_packed_documents_have_a_public_function() -> None:
+    expect_right("right" if importlib.util.find_spec("torch.nn.attention.varlen") else "none", "none")

@@ -137,7 +137,7 @@ def test_documents_of_a_row_are_apart(sdpa_model) -> None:
 
 
 def test_our_attention_keeps_documents_apart(sdpa_model) -> None:
-    install_attention(sdpa_model, use_flash=False)
+    install_attention(sdpa_model)
     assert not second_document_changes(sdpa_model)
 
 

@@ -21,6 +21,7 @@ import xxhash
 
 from colossal_llama.model.dtypes import safetensors_name
 from colossal_llama.model.weight_files import CHUNK_BYTES, TensorInfo, write_header
+from colossal_llama.training.memory import pinned_bytes
 
 # In the errors of safetensors (Rust's words) and of torch.save.
 _SIGNS_OF_A_DISK = ("os error", "Os {", "StorageFull", "No space left", "I/O error", "PytorchStreamWriter")
@@ -138,6 +139,11 @@ class CopyBuffers:
             buffer = self._buffers[self._used] = _empty_like(tensor)
         self._used += 1
         return buffer.copy_(tensor)
+
+
+def copy_bytes(tensor: torch.Tensor) -> int:
+    """Memory that the copy of a tensor takes: torch's blocks of pinned memory are powers of two."""
+    return pinned_bytes([tensor.nbytes]) if tensor.is_cuda else tensor.nbytes
 
 
 def _empty_like(tensor: torch.Tensor) -> torch.Tensor:

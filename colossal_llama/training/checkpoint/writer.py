@@ -40,6 +40,7 @@ from colossal_llama.training.checkpoint.files import (
     FileJobs,
     Manifest,
     SaveError,
+    copy_bytes,
     is_disk_error,
     list_files,
 )
@@ -271,16 +272,16 @@ class CheckpointWriter:
         """What this process copies at most: its share of the optimizer and of the weights, and some room."""
         plugin = self.plugin
         optimizer = sum(
-            master.nbytes + sum(t.nbytes for t in self._moments(master))
+            copy_bytes(master) + sum(map(copy_bytes, self._moments(master)))
             for _, master in plugin.master_weights().values()
         )
-        weights = sum(parameter.nbytes for parameter in plugin.causal_lm.parameters())
+        weights = sum(map(copy_bytes, plugin.causal_lm.parameters()))
         if plugin.settings.adaptation.lora_rank:
             # The main process alone writes any: all of them merged, and the embeddings where they train.
             trained = 0
             if plugin.settings.adaptation.trains_embeddings_beside_lora:
                 named = plugin.causal_lm.named_parameters()
-                trained = sum(parameter.nbytes for name, parameter in named if is_embedding(name))
+                trained = sum(copy_bytes(parameter) for name, parameter in named if is_embedding(name))
             weights = self.is_main * (weights * plugin.settings.adaptation.merge_lora + trained)
         else:
             weights = weights * plugin.layout.tp // plugin.shard_coordinates().num_replicas

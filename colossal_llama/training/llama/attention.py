@@ -17,22 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-def has_flash_attn() -> bool:
-    """Whether the flash-attn package can be imported (it needs CUDA)."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        from flash_attn import flash_attn_varlen_func  # noqa: F401
-    except ImportError:
-        return False
-    return True
+if TYPE_CHECKING:
+    from colossal_llama.training.llama.flash import FlashKernel
 
 
 @dataclass
@@ -41,25 +33,27 @@ class AttentionLayout:
 
     Attributes:
         block_mask: [batch, 1, sequence, sequence] bool, or None when plain causal attention is meant.
-        cu_seqlens: int32 offsets of the documents in the flattened batch, for flash-attn's varlen kernel.
+        flash: kernel for packed documents; None for torch's attention with the mask.
+        cu_seqlens: int32 offsets of the documents in the flattened batch, for `flash`.
         max_seqlen: longest document, in tokens.
     """
 
     block_mask: torch.Tensor | None = None
+    flash: FlashKernel | None = None
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int = 0
 
 
-def make_attention_layout(document_index: torch.Tensor | None, use_flash: bool) -> AttentionLayout:
+def make_attention_layout(document_index: torch.Tensor | None, flash: FlashKernel | None) -> AttentionLayout:
     """Turns [batch, sequence] document numbers into an `AttentionLayout`."""
     if document_index is None:
         return AttentionLayout()
-    if use_flash:
+    if flash is not None:
         starts = torch.ones_like(document_index, dtype=torch.bool)
         starts[:, 1:] = document_index[:, 1:] != document_index[:, :-1]
         offsets = starts.flatten().nonzero().flatten()
         offsets = torch.cat([offsets, offsets.new_tensor([document_index.numel()])]).to(torch.int32)
-        return AttentionLayout(cu_seqlens=offsets, max_seqlen=int(offsets.diff().max()))
+        return AttentionLayout(flash=flash, cu_seqlens=offsets, max_seqlen=int(offsets.diff().max()))
     if bool((document_index == document_index[:, :1]).all()):
         return AttentionLayout()
     sequence = document_index.size(1)
@@ -80,20 +74,11 @@ def attend(
     Returns:
         [batch, sequence, heads, head size]
     """
-    if layout.cu_seqlens is not None:
-        from flash_attn import flash_attn_varlen_func
-
+    if layout.flash is not None:
         batch, _, sequence, _ = query.shape
-        flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
-        output = flash_attn_varlen_func(
-            *flat,
-            cu_seqlens_q=layout.cu_seqlens,
-            cu_seqlens_k=layout.cu_seqlens,
-            max_seqlen_q=layout.max_seqlen,
-            max_seqlen_k=layout.max_seqlen,
-            softmax_scale=scale,
-            causal=True,
-        )
+        # Under autocast queries and keys leave the rotary embedding in fp32, which kernels refuse.
+        flat = [tensor.transpose(1, 2).flatten(0, 1).to(value.dtype) for tensor in (query, key, value)]
+        output = layout.flash(*flat, layout.cu_seqlens, layout.max_seqlen, scale)
         return output.unflatten(0, (batch, sequence))
     groups = query.size(1) // key.size(1)
     if groups > 1:
@@ -137,17 +122,17 @@ def attention_forward(
     return self.o_proj(output), None
 
 
-def install_attention(model: nn.Module, use_flash: bool, ulysses_group: Any = None) -> None:
+def install_attention(model: nn.Module, flash: FlashKernel | None = None, ulysses_group: Any = None) -> None:
     """Gives every `LlamaAttention` and `LlamaModel` inside `model` the forward and the mask of this module.
 
     Args:
-        use_flash: call flash-attn's varlen kernel instead of torch's scaled dot-product attention.
+        flash: kernel for packed documents, instead of torch's scaled dot-product attention with a mask.
         ulysses_group: the process group of `all_to_all` sequence parallelism, None otherwise.
     """
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 
     def layout_from_document_index(self: nn.Module, attention_mask: Any, *args: Any, **kwargs: Any):
-        return make_attention_layout(attention_mask, use_flash)
+        return make_attention_layout(attention_mask, flash)
 
     for module in model.modules():
         if isinstance(module, LlamaAttention):

@@ -14,6 +14,8 @@ from colossal_llama.training.llama.loss import next_token_loss_sum, plain_next_t
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+    from colossal_llama.training.llama.flash import FlashKernel
+
 
 def causal_lm_forward(
     self: LlamaForCausalLM,
@@ -59,7 +61,7 @@ def causal_lm_forward(
 
 def install_forwards(
     model: LlamaForCausalLM,
-    use_flash: bool,
+    flash: FlashKernel | None = None,
     ulysses_group: Any = None,
     vocabulary_group: Any = None,
     pipeline_arguments: dict | None = None,
@@ -69,11 +71,12 @@ def install_forwards(
     """Replaces the plugin's forwards by ours, after boosting.
 
     Args:
+        flash: see `install_attention`.
         vocabulary_group: the tensor parallel group when `lm_head` is sharded along the vocabulary.
         pipeline_arguments: `stage_manager`, `stage_index` and `shard_config` under pipeline parallelism.
         plain_loss: compute whole logits with ordinary operations.
     """
-    install_attention(model, use_flash, ulysses_group)
+    install_attention(model, flash, ulysses_group)
     model.pipeline_arguments = pipeline_arguments
     model.vocabulary_group = vocabulary_group
     model.embedding_noise = embedding_noise

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import sysconfig
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +21,36 @@ from colossal_llama.dataset.labels import NO_LOSS_LABEL
 MAX_CHUNK_VALUES = 64 * 1024 * 1024
 # Device type that the fused kernel is for; tests say "any" and run it in Triton's interpreter.
 USE_LIGER_ON = "cuda"
+# The kernel's arguments differ between versions; these were run. 0.6.3 has more of them.
+TESTED_LIGER_VERSIONS = ("0.5.10",)
+
+
+@functools.cache
+def why_no_liger() -> str | None:
+    """What keeps liger's kernel from being used; None where nothing does. Does not import it."""
+    try:
+        found = version("liger-kernel")
+    except PackageNotFoundError:
+        return "not found"
+    if found not in TESTED_LIGER_VERSIONS:
+        return f"{found} found, not used: tested is {', '.join(TESTED_LIGER_VERSIONS)}"
+    if "TRITON_INTERPRET" not in os.environ:
+        # Triton compiles a launcher for each kernel; nvcc is in its wheel, a C compiler is not.
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            return f"{found} found, not used: Triton needs a C compiler, and there is none"
+        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+            return f"{found} found, not used: Triton needs Python.h (Debian, Ubuntu: apt install python3-dev)"
+    return None
 
 
 @functools.cache
 def liger_kernel() -> Any:
-    """liger's fused cross-entropy kernel, or None when it is not installed."""
+    """liger's fused cross-entropy kernel, or None where it can't be used."""
+    if why_no_liger() is not None:
+        return None
     try:
         from liger_kernel.ops import cross_entropy
-    except ImportError:
+    except Exception:  # an ImportError, or what another Triton than it was made for raises
         return None
     return cross_entropy
 

@@ -9,6 +9,7 @@ its optimizer state lives.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from torch import nn
 
 from colossal_llama.model.dtypes import torch_dtype
 from colossal_llama.training.layout import Layout
-from colossal_llama.training.llama.attention import has_flash_attn
 from colossal_llama.training.llama.embedding_noise import EmbeddingNoise
-from colossal_llama.training.memory import FP32_BYTES, ParameterCounts, count_held_parameters
+from colossal_llama.training.llama.flash import FlashKernel, find_flash_kernel, why_no_flash
+from colossal_llama.training.memory import FP32_BYTES, ParameterCounts, count_held_parameters, head_size
 from colossal_llama.training.settings import RunSettings
 from colossal_llama.upstream.loss_scale import BackwardLossScale
+from colossal_llama.upstream.packed_attention import find_packed_attention
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -35,6 +37,8 @@ ADAM_EPS = 1e-8
 # Plugins compute the gradient norm only where they clip; with no clipping asked for, this bound never acts.
 NO_CLIPPING = 1e30
 INITIAL_LOSS_SCALE = 2.0**16
+# NVIDIA's GPUs from Ampere on.
+BF16_CAPABILITY = (8, 0)
 
 Batch = dict[str, torch.Tensor]
 # Name of a part of a step -> the context that times it.
@@ -118,17 +122,26 @@ class Plugin(ABC):
 
     def model_conflicts(self, config: LlamaConfig) -> list[str]:
         """What shows only beside the model's configuration, the number of processes or the machine."""
-        problems = []
-        if self.settings.layout.use_flash_attn and torch.cuda.is_available() and not has_flash_attn():
-            problems.append(
-                "--use_flash_attn: the package flash-attn cannot be imported; install it (the README has the "
-                "command), or leave the flag out: torch's attention computes the same"
-            )
-        return [*problems, *self.layout.problems(config)]
+        return self.layout.problems(config)
 
     def doubts(self) -> list[str]:
         """What is no error, but worth a warning."""
         return []
+
+    def gpu_doubts(self, config: LlamaConfig) -> list[str]:
+        """What this machine's GPU does slowly; nothing where there is none."""
+        if not torch.cuda.is_available():
+            return []
+        capability, doubts = torch.cuda.get_device_capability(), []
+        if self.compute_dtype == torch.bfloat16 and capability < BF16_CAPABILITY:
+            found, needed = (".".join(map(str, each)) for each in (capability, BF16_CAPABILITY))
+            doubts.append(
+                f"--mixed_precision bf16: this GPU has compute capability {found}; bf16 is emulated below "
+                f"{needed}, slowly; use fp16"
+            )
+        if self.asks_for_flash and (reason := why_no_flash(capability, head_size(config))):
+            doubts.append(f"--use_flash_attn: {reason}; torch's attention computes the same, slowly")
+        return doubts
 
     def describe_layout(self) -> str:
         """For tables: the plugin, and the sizes that it uses."""
@@ -148,6 +161,19 @@ class Plugin(ABC):
     def asks_for_flash(self) -> bool:
         """Whether flash attention was asked for, in a precision that it knows."""
         return self.layout.use_flash_attn and self.layout.mixed_precision != "fp32"
+
+    def expects_flash(self, config: LlamaConfig) -> bool:
+        """Whether a run will have flash attention: where the GPU is not this machine's, it is taken to."""
+        if not self.asks_for_flash or not torch.cuda.is_available():
+            return self.asks_for_flash
+        return why_no_flash(torch.cuda.get_device_capability(), head_size(config)) is None
+
+    @property
+    def flash_repeats_keys(self) -> bool:
+        """Whether keys and values are repeated for grouped queries, as torch's own kernel may need."""
+        if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is not None:
+            return False
+        return find_packed_attention().repeats_keys
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -183,7 +209,6 @@ class Plugin(ABC):
             else torch.device("cpu")
         )
         self.max_norm = self.settings.optimizer.grad_clip or NO_CLIPPING
-        self.use_flash = self.asks_for_flash and has_flash_attn()
         self.dp_rank = dist.get_rank()
         self.tensor_group: Any = None
         self.booster_plugin = self.make_booster_plugin()
@@ -199,12 +224,28 @@ class Plugin(ABC):
     def make_booster_plugin(self) -> Any:
         """colossalai's plugin, with the settings of this run."""
 
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW over the parameters that train."""
-        if self.on_gpu:
-            from colossalai.nn.optimizer import HybridAdam
+    def choose_attention(self, config: LlamaConfig) -> None:
+        """Finds the kernel for `--use_flash_attn`; `flash_problems`: of the kernels that come before it."""
+        self.flash: FlashKernel | None = None
+        self.flash_problems: tuple[str, ...] = ()
+        if not self.asks_for_flash or not self.on_gpu:
+            return
+        if why_no_flash(torch.cuda.get_device_capability(), head_size(config)) is not None:
+            return  # the plan has warned
+        parts = self.layout.tp * self.layout.sp
+        self.flash, self.flash_problems = find_flash_kernel(
+            config.num_attention_heads // parts,
+            config.num_key_value_heads // parts,
+            head_size(config),
+            self.compute_dtype,
+            self.device,
+            self.settings.optimizer.deterministic,
+        )
 
-            return HybridAdam(parameters, adamw_mode=True, **self.adam_settings)
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW over the parameters that train: torch's own on every device. Those of colossalai are compiled
+        at their first use, which needs nvcc.
+        """
         return torch.optim.AdamW(parameters, fused=True, **self.adam_settings)
 
     @property
@@ -224,6 +265,7 @@ class Plugin(ABC):
 
         self.causal_lm, self.peft_model = causal_lm, model
         self.embedding_noise = noise
+        self.choose_attention(causal_lm.config)
         if self.layout.use_grad_checkpoint:
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
             if self.settings.adaptation.lora_rank:
@@ -234,7 +276,7 @@ class Plugin(ABC):
         self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
         install_forwards(
             causal_lm,
-            self.use_flash,
+            self.flash,
             ulysses_group=self.ulysses_group,
             vocabulary_group=self.tensor_group,
             pipeline_arguments=self.pipeline_arguments(),

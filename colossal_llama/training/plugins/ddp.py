@@ -41,9 +41,6 @@ class DdpPlugin(Plugin):
         if self.compute_dtype == torch.float16:
             self.scaler = torch.amp.GradScaler(self.device.type, init_scale=INITIAL_LOSS_SCALE)
 
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, fused=True, **self.adam_settings)
-
     def after_boost(self) -> None:
         settle_gradient_buckets(self)
 

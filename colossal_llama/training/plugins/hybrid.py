@@ -157,7 +157,8 @@ class HybridPlugin(Plugin):
             initial_scale=INITIAL_LOSS_SCALE,
             max_norm=self.max_norm,
             cpu_offload=layout.zero_cpu_offload,
-            overlap_communication=self.on_gpu,
+            # A pipeline reduces after its last backward pass, and nothing waits for another stream.
+            overlap_communication=self.on_gpu and not layout.is_pipeline,
         )
         if layout.mixed_precision == "fp32":
             allow_fp32(plugin)

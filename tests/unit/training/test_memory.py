@@ -159,7 +159,7 @@ def saved_bytes(config: LlamaConfig, use_flash: bool, dtype: torch.dtype, autoca
     for num_layers in (1, 2):
         config.num_hidden_layers = num_layers
         model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").to(dtype).model
-        install_attention(model, use_flash=False)
+        install_attention(model)
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         storages: dict[int, int] = {}
         kept = []
@@ -278,3 +278,12 @@ def test_more_processes_never_need_more_memory(plugin: str) -> None:
     peaks = [memory(f"--plugin {plugin}", world_size=2**k).peak for k in range(8)]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[-1] < peaks[0]
+
+
+def test_copies_of_a_background_save_are_in_pinned_memory() -> None:
+    """Masters, moments and weights of a process, half as much again since blocks are powers of two."""
+    assert memory("--plugin zero2").pinned == (12 * N // 8 + 2 * N // 8) * 3 // 2
+    assert memory("--plugin zero2_cpu").pinned == memory("--plugin zero2").pinned
+    assert memory("--plugin ddp --mixed_precision fp32").pinned == (12 * N + 4 * N // 8) * 3 // 2
+    assert memory("--plugin zero2 --no-async_save").pinned == 0
+    assert memory("--plugin zero2").peak == memory("--plugin zero2 --no-async_save").peak

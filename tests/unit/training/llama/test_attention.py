@@ -6,7 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama.training.llama.attention import make_attention_layout
+from colossal_llama.training.llama.flash import FlashKernel
 from colossal_llama.training.llama.forward import install_forwards
+
+# Makes layouts, and is never called.
+KERNEL = FlashKernel("no kernel", False, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +20,7 @@ def models(tiny_model_dir):
 
     plain = LlamaForCausalLM.from_pretrained(tiny_model_dir, torch_dtype=torch.float32).eval()
     ours = LlamaForCausalLM.from_pretrained(tiny_model_dir, torch_dtype=torch.float32).eval()
-    install_forwards(ours, use_flash=False)
+    install_forwards(ours)
     return plain, ours
 
 
@@ -90,16 +94,16 @@ def test_no_token_sees_the_future(models):
 
 def test_flash_layout_gives_the_documents_of_the_flattened_batch():
     index = torch.tensor([[0, 0, 1, 1, 1, -1], [0, 1, 1, 1, 1, 1]])
-    layout = make_attention_layout(index, use_flash=True)
+    layout = make_attention_layout(index, KERNEL)
     assert layout.cu_seqlens.tolist() == [0, 2, 5, 6, 7, 12]
     assert layout.cu_seqlens.dtype == torch.int32
     assert layout.max_seqlen == 5
 
 
 def test_a_leading_document_of_one_token_is_one_document():
-    layout = make_attention_layout(torch.tensor([[0, 1, 1, 1]]), use_flash=True)
+    layout = make_attention_layout(torch.tensor([[0, 1, 1, 1]]), KERNEL)
     assert layout.cu_seqlens.tolist() == [0, 1, 4]
 
 
 def test_one_document_needs_no_mask():
-    assert make_attention_layout(torch.zeros(2, 8, dtype=torch.long), use_flash=False).block_mask is None
+    assert make_attention_layout(torch.zeros(2, 8, dtype=torch.long), None).block_mask is None

@@ -34,7 +34,7 @@ def test_no_noise_in_evaluation(tiny_model_dir):
     model = LlamaForCausalLM.from_pretrained(tiny_model_dir, torch_dtype=torch.float32)
     noise = EmbeddingNoise(5.0, seed=0)
     noise.start_step(0, 0)
-    install_forwards(model, use_flash=False, embedding_noise=noise)
+    install_forwards(model, embedding_noise=noise)
     ids = torch.arange(3, 19)[None]
     batch = {"input_ids": ids, "attention_mask": torch.zeros_like(ids), "labels": ids}
     batch["position_ids"] = torch.arange(16)[None]
