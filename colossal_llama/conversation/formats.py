@@ -38,7 +38,7 @@ class InputFormat:
 
 
 def find_format(value: Mapping[str, Any]) -> str:
-    """The name of a record's format, by its fields and those of its first message."""
+    """The name of a record's format, by its fields and those of its first message; raises `BadRecord`."""
     # Rows of a table have every field, those that do not apply without a value.
     if value.get("messages") is not None:
         messages = value["messages"]
@@ -48,6 +48,8 @@ def find_format(value: Mapping[str, Any]) -> str:
         return "sharegpt"
     if value.get("instruction") is not None and value.get("output") is not None:
         return "alpaca"
+    if "messages" not in value:
+        raise BadRecord("'messages' missing", "'messages' is missing (compulsory)")
     return "messages"
 
 

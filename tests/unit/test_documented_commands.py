@@ -108,6 +108,7 @@ UNPARSED = {
     "sbatch",
     "ssh-copy-id",
     "ssh-keygen",
+    "curl",
     "vllm",
     "uv",
     "echo",
