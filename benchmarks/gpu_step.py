@@ -158,14 +158,15 @@ def _time_steps(args: Namespace, config, step: Callable[[], object]) -> Speed:
 def _speed(args: Namespace, config, seconds: list[float]) -> Speed:
     import torch
 
-    from colossal_llama.training.reporting.throughput import flops_per_token, peak_flops
+    from colossal_llama.utils.devices import peak_flops
+    from colossal_llama.utils.llama_size import flops_per_token
 
     on_gpu = torch.cuda.is_available()
     return Speed(
         seconds,
         args.batch_size * args.accumulation_steps * args.max_length,
         flops_per_token(config, args.max_length, args.max_length**2),
-        peak_flops(torch.cuda.get_device_name(), torch.bfloat16) if on_gpu else None,
+        peak_flops(torch.cuda.get_device_name(), "bf16") if on_gpu else None,
         torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
     )
 

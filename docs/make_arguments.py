@@ -30,10 +30,13 @@ SCRIPTS = (
     "colossal_llama/tokenizer/init_tokenizer.py",
     "colossal_llama/tokenizer/compare_tokenizers.py",
     "colossal_llama/model/init_model.py",
+    "colossal_llama/model/merge_models.py",
     "prepare_pretrain_dataset.py",
     "prepare_sft_dataset.py",
     "train.py",
     "colossal_llama/launch/preflight.py",
+    "colossal_llama/evaluation/compare_models.py",
+    "colossal_llama/evaluation/ledger.py",
     "inference_example.py",
     "examples/make_base_model.py",
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from colossal_llama.training.adaptation import AdaptationSettings
 from colossal_llama.training.layout import Layout, next_multiple
+from colossal_llama.utils.llama_size import head_size, layer_parameters, projections
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -44,52 +45,9 @@ class ParameterCounts:
     largest: int
 
 
-def count_parameters(config: LlamaConfig) -> int:
-    """All parameters of a `LlamaForCausalLM`; a tied embedding is counted once."""
-    return _layer_parameters(config, 1)[0] * config.num_hidden_layers + config.hidden_size * (
-        1 + config.vocab_size * (1 if config.tie_word_embeddings else 2)
-    )
-
-
-def matrix_parameters(config: LlamaConfig) -> int:
-    """N - N_input_embedding: all parameters but the embedding; a tied head multiplies too and is counted."""
-    embedding = config.vocab_size * config.hidden_size
-    return count_parameters(config) - (0 if config.tie_word_embeddings else embedding)
-
-
-def head_size(config: LlamaConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _projections(config: LlamaConfig) -> list[tuple[int, int, bool, bool]]:
-    """(inputs, outputs, has a bias, tp shards the outputs rather than inputs) of a layer's linear layers."""
-    width, mlp = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * head_size(config)
-    keys = config.num_key_value_heads * head_size(config)
-    attention_bias, mlp_bias = config.attention_bias, config.mlp_bias
-    return [
-        (width, queries, attention_bias, True),
-        (width, keys, attention_bias, True),
-        (width, keys, attention_bias, True),
-        (queries, width, attention_bias, False),
-        (width, mlp, mlp_bias, True),
-        (width, mlp, mlp_bias, True),
-        (mlp, width, mlp_bias, False),
-    ]
-
-
-def _layer_parameters(config: LlamaConfig, tp: int) -> tuple[int, int]:
-    """(all parameters, those of linear layers) of a decoder layer on one of `tp` processes."""
-    linear = sum(
-        inputs * outputs // tp + (outputs // (tp if by_outputs else 1) if has_bias else 0)
-        for inputs, outputs, has_bias, by_outputs in _projections(config)
-    )
-    return linear + 2 * config.hidden_size, linear
-
-
 def _lora_parameters(config: LlamaConfig, rank: int) -> int:
     return config.num_hidden_layers * sum(
-        rank * (inputs + outputs) for inputs, outputs, *_ in _projections(config)
+        rank * (inputs + outputs) for inputs, outputs, *_ in projections(config)
     )
 
 
@@ -109,7 +67,7 @@ def count_held_parameters(
             multiple of 64 x tp rows.
     """
     tp, pp = layout.tp, layout.pp
-    per_layer, linear_per_layer = _layer_parameters(config, tp)
+    per_layer, linear_per_layer = layer_parameters(config, tp)
     num_layers = layout.layers_of_stages(config.num_hidden_layers)[stage]
     is_first, is_last, tied = stage == 0, stage == pp - 1, config.tie_word_embeddings
     rows = rows_padded = config.vocab_size
@@ -254,7 +212,7 @@ def activation_bytes_per_token(plugin: Plugin, config: LlamaConfig) -> int:
     lora = 0
     if plugin.settings.adaptation.lora_rank:
         # Dropout keeps a mask and a dropped-out copy of every adapter's input.
-        lora = (value + 1) * sum(inputs for inputs, *_ in _projections(config))
+        lora = (value + 1) * sum(inputs for inputs, *_ in projections(config))
     return norms // layout.norm_parts + attention + mask + swiglu + lora
 
 

@@ -31,10 +31,12 @@ from colossal_llama.training.checkpoint.resume import (
     warn_of_later_checkpoints,
 )
 from colossal_llama.training.checkpoint.writer import CheckpointWriter
+from colossal_llama.training.costs import estimate_cost, format_cost
 from colossal_llama.training.data.answer_ends import find_answer_ends
-from colossal_llama.training.data.prepared_rows import PreparedDataset
+from colossal_llama.training.data.prepared_rows import PreparedDataset, sum_lengths
 from colossal_llama.training.data.rows import RowDataset
 from colossal_llama.training.data.templates import DataTemplate, find_data_template
+from colossal_llama.training.extension_report import report_extension
 from colossal_llama.training.inputs import Inputs, open_inputs
 from colossal_llama.training.llama.adapters import add_lora, freeze_all_but_embeddings, is_embedding
 from colossal_llama.training.llama.embedding_noise import EmbeddingNoise
@@ -104,8 +106,19 @@ class Run:
         return cls(settings, inputs, plugin, make_plan(plugin, inputs.config, inputs.dataset))
 
     def describe(self) -> str:
-        """Tables of what the run will do and need."""
-        return format_plan(self.plan, self.plugin)
+        """Tables of what the run will do, need and cost; warns of new pieces that the data hardly has."""
+        settings, config, dataset = self.settings, self.inputs.config, self.inputs.dataset
+        sums = sum_lengths(dataset, settings.data.isolate_documents)
+        cost = estimate_cost(self.plan, config, sums, settings)
+        parts = [
+            format_plan(self.plan, self.plugin),
+            format_cost(cost, settings.costs, settings.layout.mixed_precision),
+        ]
+        if extension := report_extension(settings.data.pretrained, config, dataset):
+            parts.append(extension.describe())
+            if warning := extension.rare_pieces():
+                warn(warning)
+        return "\n\n".join(parts)
 
     def train(self, stop: StopRequest) -> bool:
         """Trains to the end, or until a stop is asked for; returns whether it came to its end."""

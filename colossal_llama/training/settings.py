@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama.training.adaptation import AdaptationSettings
+from colossal_llama.training.costs import CostSettings
 from colossal_llama.training.layout import LayoutSettings
 from colossal_llama.utils.arguments import (
     MAX_ROW_TOKENS,
@@ -59,13 +60,16 @@ class DataSettings:
     )
     eval_dataset: list[Path] | None = flag(
         None,
-        "prepared data to evaluate on; off when not given",
+        "prepared data to evaluate on, each set by itself and all together; off when not given",
         nargs="+",
         type=existing_directory,
         on_resume=FREE,
     )
     eval_interval: int = flag(
         0, "optimizer steps between evaluations; 0 = epoch ends", type=non_negative_int, on_resume=FREE
+    )
+    eval_at_start: bool = flag(
+        False, "evaluate before the first step too: step 0 of the metrics and the curves", on_resume=FREE
     )
     max_length: int = flag(4096, "longest row, in tokens", type=number(int, 2, MAX_ROW_TOKENS))
     isolate_documents: bool = flag(
@@ -158,10 +162,11 @@ class RunSettings:
     optimizer: OptimizerSettings
     adaptation: AdaptationSettings
     output: OutputSettings
+    costs: CostSettings
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        return (self.data, self.layout, self.optimizer, self.adaptation, self.output)
+        return (self.data, self.layout, self.optimizer, self.adaptation, self.output, self.costs)
 
     def as_json(self) -> Mapping[str, Any]:
         """The values of all flags by name, as the record of a run has them."""
@@ -179,4 +184,5 @@ TITLES: dict[str, tuple[type, str]] = {
     "optimizer": (OptimizerSettings, "optimization"),
     "adaptation": (AdaptationSettings, "what trains"),
     "output": (OutputSettings, "output"),
+    "costs": (CostSettings, "costs that --dry_run estimates"),
 }

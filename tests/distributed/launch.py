@@ -38,7 +38,7 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def losses(self) -> list[float]:
-        return [record["loss"] for record in self.metrics()]
+        return [record["loss"] for record in self.metrics() if record["step"]]
 
 
 def environment() -> dict[str, str]:

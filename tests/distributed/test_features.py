@@ -117,24 +117,32 @@ def test_tied_embeddings_train_the_same_in_every_layout(tmp_path, training_input
     expected = load(plain.save_dir / "modeling").state_dict()
     for layout in (["--tp", 2], ["--pp", 2, "--zero_stage", 0]):
         flags_3d = ["--plugin", "3d", *layout, "--mixed_precision", "fp32"]
-        run = train(tmp_path / layout[0], 2, *flags, *SHORT, *flags_3d)
+        run = train(tmp_path / layout[0], 2, *flags, *SHORT, *flags_3d, "--eval_at_start")
         assert run.returncode == 0, run.output[-3000:]
         assert run.losses() == pytest.approx(plain.losses(), rel=1e-5)
-        evaluated = [[record["eval_loss"] for record in each.metrics()] for each in (run, plain)]
-        assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+        first, *records = run.metrics()
+        assert (first["step"], "loss" in first) == (0, False)
+        assert first["eval_bits_per_byte"] > records[-1]["eval_bits_per_byte"]
+        for name in ("eval_loss", "eval_bits_per_byte"):
+            evaluated = [[record[name] for record in each] for each in (records, plain.metrics())]
+            assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
         found = load(run.save_dir / "modeling").state_dict()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
 
 
 def test_evaluation_is_the_token_mean_over_all_rows(tmp_path, training_inputs):
-    part = training_inputs.data / "part-00002"
-    evaluated = ["--eval_dataset", part, training_inputs.data / "part-00001", "--eval_interval", 2]
+    part, other = (tmp_path / "sets" / name / "arrow" / "part-00000" for name in ("zh", "en"))
+    shutil.copytree(training_inputs.data / "part-00002", part)
+    shutil.copytree(training_inputs.data / "part-00001", other)
+    evaluated = ["--eval_dataset", part, other.parent, "--eval_interval", 2]
     frozen = ["--lr", 0]
     run = train(tmp_path, 2, *training_inputs.flags(), *SHORT, *DDP, *evaluated, *frozen)
     assert run.returncode == 0, run.output[-3000:]
     records = [record for record in run.metrics() if "eval_loss" in record]
     assert [record["step"] for record in records] == [2, 3]
+    names = {name.rpartition("/")[2] for name in records[0] if name.startswith("eval_bits_per_byte/")}
+    assert names == {"zh", "en"}
     import datasets
 
     model, loss_sum, count = load(training_inputs.model), 0.0, 0
@@ -150,7 +158,7 @@ def test_evaluation_is_the_token_mean_over_all_rows(tmp_path, training_inputs):
                 torch.nn.functional.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum")
             )
             count += int((labels != -100).sum())
-    assert math.isclose(records[0][f"eval_loss/{part}"], loss_sum / count, rel_tol=1e-5)
+    assert math.isclose(records[0]["eval_loss/zh"], loss_sum / count, rel_tol=1e-5)
     assert math.isclose(records[0]["eval_perplexity"], math.exp(records[0]["eval_loss"]), rel_tol=1e-6)
 
 

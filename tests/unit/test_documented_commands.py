@@ -31,8 +31,10 @@ DIRECTORIES = (
     "--eval_dataset",
     "--load_checkpoint",
     "--model_path",
+    "--base_model",
+    "--model",
 )
-DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs")
+DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs", "--models")
 FILES = ("--expand_tokens_file",)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from colossal_llama.training.data.rows import Row, find_row_problem
+from colossal_llama.training.data.rows import Row, RowDataset, find_row_problem
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json_object
 
@@ -180,9 +180,29 @@ class PreparedDataset:
                     return problem
         return None
 
+    def sum_lengths(self, isolated: bool) -> tuple[int, int]:
+        """Sums of the documents' lengths (the rows', where documents see each other) and of their squares."""
+        total = squares = 0
+        for number in range(len(self.paths)):
+            table = self._table(number)
+            chunks = [_row_lengths(table, "input_ids")]
+            if isolated and "document_lengths" in table.column_names:
+                chunks = [np.from_dlpack(each.flatten()) for each in table.column("document_lengths").chunks]
+            for chunk in chunks:
+                lengths = chunk.astype(np.int64)
+                total, squares = total + int(lengths.sum()), squares + int((lengths * lengths).sum())
+        return total, squares
+
     def describe_row(self, index: int) -> str:
         part, row = self._locate(index)
         return f"{self.paths[part]} row {row}"
+
+
+def sum_lengths(dataset: RowDataset, isolated: bool) -> tuple[float, float]:
+    """`PreparedDataset.sum_lengths`; of rows that are made up, as if each was one document of mean length."""
+    if isinstance(dataset, PreparedDataset):
+        return dataset.sum_lengths(isolated)
+    return dataset.num_tokens, dataset.num_tokens**2 / len(dataset)
 
 
 def _open_part(path: Path) -> pa.Table:

@@ -162,6 +162,41 @@ def test_comparison(
     assert f"{table[0]['compression_rate']:.3f}" in output
 
 
+def test_the_bill_of_an_extension(
+    source: Path,
+    corpus: Path,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target, output = tmp_path / "target", tmp_path / "table.json"
+    pieces = learn(monkeypatch, tmp_path / "pieces.jsonl", corpus, source, num_tokens=150)
+    report = run_extension(source, target, pieces)
+    flags = {
+        "tokenizer_dirs": f"{source},{target}",
+        "data_input_dirs": corpus,
+        "model": tiny_model_dir,
+        "output_file": output,
+    }
+    monkeypatch.setattr("sys.argv", ["x", *(f"--{name}={value}" for name, value in flags.items())])
+    for _ in range(2):  # its own output is replaced
+        compare_tokenizers.main()
+    base_row, row = json.loads(output.read_text())
+    assert base_row["extension"] is None
+    bill = row["extension"]
+    texts = list(read_samples([corpus]))
+    base, extended = load_fast(source), load_fast(target)
+    ids = [i for text in texts for i in extended(text, add_special_tokens=False).input_ids]
+    assert bill["tokens"] == len(ids)
+    assert bill["base_tokens"] == sum(len(base(text, add_special_tokens=False).input_ids) for text in texts)
+    assert bill["occurrences"] == sum(i >= len(base) for i in ids) > 0
+    assert bill["new_pieces"] == len(extended) - len(base) >= report["counts"]["pieces_added"]
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    assert bill["parameters"] - bill["base_parameters"] == 2 * config["hidden_size"] * bill["new_pieces"]
+    assert "paid for" in capsys.readouterr().out
+
+
 def test_directory_without_tokenizer(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["x", f"--tokenizer_dirs={corpus}", f"--data_input_dirs={corpus}"])
     with pytest.raises(UserError, match="no tokenizer can be loaded"):

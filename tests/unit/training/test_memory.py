@@ -13,10 +13,9 @@ from colossal_llama.training.llama.attention import install_attention
 from colossal_llama.training.memory import (
     MemoryEstimate,
     activation_bytes_per_token,
-    count_parameters,
     estimate_memory,
-    matrix_parameters,
 )
+from colossal_llama.utils.llama_size import count_parameters, matrix_parameters
 
 CONFIGS = [
     {},

@@ -10,7 +10,6 @@ from plugin_cases import LLAMA2_7B, ULYSSES, make_config, parse, plugin_of
 from transformers import LlamaConfig
 
 from colossal_llama.training.data.random_rows import RandomRows
-from colossal_llama.training.memory import count_parameters
 from colossal_llama.training.plan import (
     GIB,
     format_plan,
@@ -19,6 +18,7 @@ from colossal_llama.training.plan import (
     planned_world_size,
 )
 from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.llama_size import count_parameters
 
 # The number of processes
 

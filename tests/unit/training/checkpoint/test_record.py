@@ -167,7 +167,7 @@ def test_a_saved_record_comes_out_as_it_went_in(tmp_path: Path) -> None:
 def test_a_saved_run_continues_with_its_flags(tmp_path: Path) -> None:
     settings = parse_settings(["--pretrained", "some/model", *FLAGS.split()])
     saved, layout = read(tmp_path, SAVED), settings.layout.on(2)
-    assert SAVED["arguments"].keys() == settings.flags().keys()
+    assert SAVED["arguments"].keys() <= settings.flags().keys()  # later ones count as their default
     now = replace(saved.record, arguments=settings.as_json(), layout=layout.as_json())
     check_resumable(saved, now, settings, layout)
     assert list(now.to_json()) == list(saved.record.to_json())

@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from colossal_llama.training.reporting import throughput
-from colossal_llama.training.reporting.throughput import FORMULA, ThroughputMeter, flops_per_token, peak_flops
+from colossal_llama.training.reporting.throughput import FORMULA, ThroughputMeter
+from colossal_llama.utils import devices
+from colossal_llama.utils.llama_size import flops_per_token
 
 CONFIG = LlamaConfig(
     vocab_size=100,
@@ -32,71 +34,6 @@ class Clock:
     def run(self, meter: ThroughputMeter, phase: str, seconds: float) -> None:
         with meter.phase(phase):
             self.now += seconds
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_flops_per_token_by_hand(tied: bool) -> None:
-    config = LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": tied})
-    model = LlamaForCausalLM(config)
-    multiplied = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
-    if tied:
-        multiplied += model.lm_head.weight.numel()
-    # Documents of 2 and 4 tokens: 4 + 16 over 6.
-    assert flops_per_token(config, 6, 20) == pytest.approx(6 * multiplied + 6 * 3 * 32 * 20 / 6)
-
-
-def test_heads_wider_than_the_model_count_with_their_own_width() -> None:
-    config = LlamaConfig(**{**CONFIG.to_dict(), "head_dim": 16})
-    more = flops_per_token(config, 10, 100) - flops_per_token(config, 10, 0)
-    assert more == pytest.approx(6 * 3 * (4 * 16) * 10)
-
-
-def test_matrix_products_that_torch_counts() -> None:
-    """torch's own counter over forward and backward; it counts attention whole, not its causal half."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = LlamaForCausalLM._from_config(CONFIG, attn_implementation="eager")
-    tokens = torch.randint(0, 100, (2, 8))
-    with FlopCounterMode(display=False) as counter:
-        model(input_ids=tokens, labels=tokens).loss.backward()
-    # 2 products, forward and twice backward, of 2 FLOPs, over each pair of positions and each of d columns.
-    attention = 12 * 3 * 32 * 8
-    norms = 7 * 32
-    expected = flops_per_token(CONFIG, 1, 0) - 6 * norms + attention
-    # The tolerance is for the rotary angles, which torch computes by a small matrix product.
-    assert counter.get_total_flops() / tokens.numel() == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "teraflops"),
-    [
-        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
-        ("A100-SXM4-40GB", torch.float16, 312),
-        ("NVIDIA A800-SXM4-80GB", torch.bfloat16, 312),
-        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.4),
-        ("NVIDIA H100 PCIe", torch.bfloat16, 756),
-        ("NVIDIA H200", torch.bfloat16, 989.4),
-        ("NVIDIA H800", torch.float16, 989.4),
-        ("Tesla V100-SXM2-32GB", torch.float16, 125),
-        ("NVIDIA A100-SXM4-80GB", torch.float32, 19.5),
-    ],
-)
-def test_known_peaks(name: str, dtype: torch.dtype, teraflops: float) -> None:
-    assert peak_flops(name, dtype) == pytest.approx(teraflops * 1e12)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("cpu", torch.float32),
-        ("NVIDIA A100", torch.bfloat16),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16),
-        ("Tesla V100-SXM2-32GB", torch.bfloat16),
-        ("NVIDIA H200", torch.float64),
-    ],
-)
-def test_no_peak_is_guessed(name: str, dtype: torch.dtype) -> None:
-    assert peak_flops(name, dtype) is None
 
 
 def measured(monkeypatch: pytest.MonkeyPatch) -> ThroughputMeter:
@@ -159,7 +96,7 @@ def test_report_of_a_known_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = measured(monkeypatch)
     wanted = 500 / 4 * flops_per_token(CONFIG, 1500, 150_000)
-    monkeypatch.setitem(throughput.PEAK_FLOPS, "toy", {torch.float32: wanted * 4})
+    monkeypatch.setitem(devices.PEAK_FLOPS, "toy", {"fp32": wanted * 4})
     report = meter.report(CONFIG, torch.float32, 4, "toy", 0)
     assert lines_by_name(report)["MFU"].startswith("25.0% of ")
     assert math.isclose(float(lines_by_name(report)["TFLOP/s per device"]), wanted / 1e12, rel_tol=1e-3)
