@@ -100,6 +100,7 @@ class EmptyRows:
         self.num_rows = num_rows
         edges = [num_rows * i // num_buckets for i in range(num_buckets + 1)]
         self.bucket_ranges = [[pair] for pair in itertools.pairwise(edges)]
+        self.sets = []
 
     def __len__(self) -> int:
         return self.num_rows
@@ -111,6 +112,25 @@ def make_order(num_rows: str, num_buckets: str) -> None:
 
     source = EmptyRows(int(num_rows), int(num_buckets))
     RowOrder(source, 42, bucketed=int(num_buckets) > 1).permutation(0)
+
+
+def mix_sets(num_rows: str) -> None:
+    """The order of one epoch of three sets that are mixed, from nothing to its last step."""
+    import numpy as np
+
+    from colossal_llama.training.data.mixing import MixedOrder
+    from colossal_llama.training.data.sets import RowSet
+
+    edges = [int(num_rows) * share // 10 for share in (0, 6, 9, 10)]
+    sets = [
+        RowSet(str(number), end - start, 4090 * (end - start), [[(start, end)]])
+        for number, (start, end) in enumerate(itertools.pairwise(edges))
+    ]
+    lengths = np.full(int(num_rows), 4090, dtype=np.uint16)
+    for start in range(7):
+        lengths[start::7] -= 2 * start
+    for _ in MixedOrder(sets, lengths, 42, False, [70, 25, 5]).steps(0, 0, 512):
+        pass
 
 
 def resume_at(position: str) -> None:
@@ -129,7 +149,12 @@ def make_index(part: str, count: str) -> PreparedDataset:
     return PreparedDataset([Path(part)] * int(count), 4096, need_documents=True)
 
 
-IN_PROCESS: dict[str, Callable[..., object]] = {"order": make_order, "resume": resume_at, "index": make_index}
+IN_PROCESS: dict[str, Callable[..., object]] = {
+    "order": make_order,
+    "mix": mix_sets,
+    "resume": resume_at,
+    "index": make_index,
+}
 
 
 def run_point(function: str, arguments: list[str]) -> None:
@@ -172,6 +197,7 @@ def curves(args: Namespace, work: Path) -> Iterator[Curve]:
     rows = [10**4, 10**5] if args.toy else [10**6, 10**7, 10**8]
     yield curve("order of an epoch", "rows", rows, lambda n: measure_in_process("order", n, 1))
     yield curve("order of an epoch, 100 buckets", "rows", rows, lambda n: measure_in_process("order", n, 100))
+    yield curve("order of an epoch, 3 sets mixed", "rows", rows, lambda n: measure_in_process("mix", n))
     positions = [10**4, 10**5] if args.toy else [10**5, 10**6, 10**7]
     resume = "first batch after a resume, at"
     yield curve(resume, "rows", positions, lambda n: measure_in_process("resume", n))

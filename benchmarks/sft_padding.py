@@ -53,6 +53,7 @@ class Conversations:
     def __init__(self, rows: list[np.ndarray], vocab_size: int) -> None:
         self.rows, self.vocab_size = rows, vocab_size
         self.bucket_ranges = [[(0, len(rows))]]
+        self.sets = []
         self.num_tokens = int(sum(lengths.sum() for lengths in rows))
         self.fingerprint = "conversations"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE
+from colossal_llama.training.data.mixing import find_weight_problems
 from colossal_llama.training.data.prepared_rows import PreparedDataset, find_part_directories
 from colossal_llama.training.data.random_rows import RandomRows
 from colossal_llama.training.data.rows import RowDataset
@@ -64,6 +65,8 @@ def open_inputs(settings: RunSettings) -> Inputs:
             opened.append(
                 PreparedDataset(parts, wanted.max_length, wanted.isolate_documents, fingerprint, flag)
             )
+            if flag == "--dataset":
+                problems.extend(find_weight_problems(opened[0].sets, wanted.dataset_weights))
         except UserError as error:
             problems.extend(error.problems)
     if problems:

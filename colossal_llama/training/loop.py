@@ -16,12 +16,13 @@ from colossal_llama.dataset.labels import NO_LOSS_LABEL
 from colossal_llama.training.checkpoint.writer import CheckpointWriter, SaveReport
 from colossal_llama.training.data.collator import Collator
 from colossal_llama.training.data.loader import make_loader
-from colossal_llama.training.data.order import BatchShape, RowOrder, StepSampler
+from colossal_llama.training.data.order import BatchShape, StepSampler
 from colossal_llama.training.data.rows import RowDataset
 from colossal_llama.training.evaluation import Evaluator, describe_evaluation, evaluation_figures
 from colossal_llama.training.llama.weight_checks import looks_untrained
 from colossal_llama.training.reporting.figures import RankFigures
 from colossal_llama.training.reporting.metrics import MetricsWriter
+from colossal_llama.training.reporting.set_figures import PASSES, SHARE, SetFigures
 from colossal_llama.training.reporting.throughput import ThroughputMeter
 from colossal_llama.training.resilience.interruption import StopRequest, warn_of_launcher_limit
 from colossal_llama.training.state import TrainState
@@ -73,6 +74,7 @@ class TrainingLoop:
     ) -> None:
         self.settings, self.plugin, self.inputs = run.settings, run.plugin, run.inputs
         self.dataset, self.schedule = run.inputs.dataset, run.plan.schedule
+        self.order, self.planned_sets = run.plan.order, run.plan.sets
         self.state, self.writer, self.metrics = state, writer, metrics
         self.stop, self.meter = stop, meter
         layout, max_steps = self.plugin.layout, self.settings.optimizer.max_steps
@@ -81,6 +83,10 @@ class TrainingLoop:
         )
         total_steps = self.schedule.total_steps - state.schedule_offset
         self.last_step = total_steps if max_steps < 0 else min(max_steps, total_steps)
+        self.set_figures: SetFigures | None = None
+        if self.plugin.row_losses is not None:
+            self.set_figures = SetFigures(self.dataset, self.plugin.row_losses, self.plugin.device)
+            self.set_figures.begin(state)
         self.failed_saves = 0
         # A checkpoint of this step exists or is being written.
         self.saved_step = state.step if state.step else -1
@@ -162,14 +168,18 @@ class TrainingLoop:
         if self.saves:
             paused = sum(report.pause_seconds for report in self.saves)
             rows.append(("checkpoints", f"{len(self.saves)}, training paused {paused:.1f} s for them"))
+        for each in self.planned_sets:
+            if SHARE + each.name in self.last_record:
+                share, passes = self.last_record[SHARE + each.name], self.last_record[PASSES + each.name]
+                wanted = "" if each.wanted is None else f" (wanted {each.wanted:.2%})"
+                rows.append((f"share of {each.name}", f"{share:.2%}{wanted}, {passes:.2f} passes"))
         return format_table(("training", ""), rows)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Collated micro-batches of this rank, from the state's position to the end of the last epoch."""
         state = self.state
         wanted, optimizer = self.settings.data, self.settings.optimizer
-        order = RowOrder(self.dataset, optimizer.seed, wanted.bucketed)
-        sampler = StepSampler(order, self.batch_shape, state.epoch, state.position, optimizer.num_epochs)
+        sampler = StepSampler(self.order, self.batch_shape, state.epoch, state.position, optimizer.num_epochs)
         loader = make_loader(
             self.dataset,
             sampler,
@@ -207,6 +217,8 @@ class TrainingLoop:
             figures.record("tokens", sum(batch["num_tokens"] for batch in collated))
             figures.record("stop", self.stop.requested, "any")
             figures.record("written", self.writer is not None and self.writer.is_written, "all")
+            if self.set_figures is not None:
+                self.set_figures.record_counts(figures, collated)
             counts = figures.reduce(plugin.sum_counts, plugin.layout.dp_size)
             num_labels, num_tokens = int(counts["labels"]), int(counts["tokens"])
             device_batches = [plugin.to_device(batch) for batch in collated]
@@ -214,6 +226,8 @@ class TrainingLoop:
         with self._phase("sum of losses"):
             figures = RankFigures()
             figures.record("loss", own_loss)
+            if self.set_figures is not None:
+                self.set_figures.record_losses(figures)
             losses = figures.reduce(plugin.sum_losses, plugin.layout.dp_size)
             loss = losses["loss"] / max(1.0, num_labels)
         if not math.isfinite(loss):
@@ -235,7 +249,11 @@ class TrainingLoop:
         if not skipped and not math.isfinite(grad_norm):
             self._stop_at_broken_loss(grad_norm, own_loss, collated, what="gradient norm")
         epoch = state.epoch
-        epoch_ended = state.advance(self.batch_shape.rows_per_step, num_tokens, len(self.dataset))
+        epoch_rows = self.order.epoch_rows(epoch)
+        epoch_ended = state.advance(self.batch_shape.rows_per_step, num_tokens, epoch_rows)
+        of_sets = {}
+        if self.set_figures is not None:
+            of_sets = self.set_figures.end_step(counts, losses, state)
         seconds = time.perf_counter() - started
         if self.meter is not None:
             lengths = torch.cat([_document_lengths(batch["document_index"]) for batch in collated]).double()
@@ -249,6 +267,7 @@ class TrainingLoop:
             "grad_norm": grad_norm,
             "tokens_per_second": num_tokens / seconds,
             "step_seconds": seconds,
+            **of_sets,
         }
         if not num_labels:
             self._count_step_without_loss()

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from colossal_llama.training.data.mixing import MixedOrder, find_repeat_problems, make_order
+from colossal_llama.training.data.order import RowOrder
 from colossal_llama.training.layout import Layout, LayoutSettings
 from colossal_llama.training.memory import (
     MemoryEstimate,
@@ -37,13 +39,39 @@ def planned_world_size(layout: LayoutSettings) -> int:
     return int(text)
 
 
+@dataclass(frozen=True)
+class SetPlan:
+    """What a run takes from a set of its data.
+
+    Attributes:
+        rows, tokens: that the set has.
+        wanted: share of the tokens that `--dataset_weights` asks for; None without.
+        share: of the tokens of all epochs.
+        run_tokens: of the set, in all epochs.
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    wanted: float | None
+    share: float
+    run_tokens: int
+
+    @property
+    def passes(self) -> float:
+        return self.run_tokens / max(1, self.tokens)
+
+
 @dataclass
 class RunPlan:
     """What a run will do.
 
     Attributes:
         dp_size: processes that see different rows.
-        rows: of the data set; `tail_rows` of them, too few for a step, are left out of each epoch.
+        order: of the rows in each epoch.
+        sets: where the data has several.
+        rows: of an epoch (the first one, where sets are mixed); `tail_rows` of them, too few for a step,
+            are left out of each epoch.
         rows_per_step: over all processes and accumulated passes.
         total_steps: optimizer steps of the whole schedule; `planned_steps` of them run under --max_steps.
         tokens_per_epoch: padding not counted, rows left out not counted (at the data's mean row length).
@@ -53,6 +81,8 @@ class RunPlan:
 
     world_size: int
     dp_size: int
+    order: RowOrder | MixedOrder
+    sets: list[SetPlan]
     rows: int
     rows_per_step: int
     steps_per_epoch: int
@@ -64,6 +94,10 @@ class RunPlan:
     schedule: LearningRateSchedule
     parameters: ParameterCounts
     memory: list[MemoryEstimate]
+
+    def steps_in(self, num_epochs: int) -> int:
+        """Optimizer steps that the data has in so many epochs."""
+        return sum(self.order.epoch_rows(epoch) // self.rows_per_step for epoch in range(num_epochs))
 
     @property
     def tokens_per_step(self) -> float:
@@ -78,9 +112,11 @@ def make_plan(plugin: Plugin, config: LlamaConfig, source: RowDataset) -> RunPla
     """
     settings, layout = plugin.settings, plugin.layout
     optimizer = settings.optimizer
-    rows, rows_per_step = len(source), layout.rows_per_step
-    steps_per_epoch = rows // rows_per_step
-    if steps_per_epoch == 0:
+    order, sets = _plan_order(plugin, source)
+    rows, rows_per_step = order.epoch_rows(0), layout.rows_per_step
+    epoch_steps = [order.epoch_rows(epoch) // rows_per_step for epoch in range(optimizer.num_epochs)]
+    steps_per_epoch = epoch_steps[0]
+    if min(epoch_steps) == 0:
         flag = f"--num_samples {rows}" if settings.output.benchmark else "--dataset"
         raise UserError(
             f"{flag}: {rows:,} rows, but one optimizer step takes {rows_per_step:,} "
@@ -88,7 +124,7 @@ def make_plan(plugin: Plugin, config: LlamaConfig, source: RowDataset) -> RunPla
             f"{layout.dp_size} data-parallel processes); give at least {rows_per_step:,} rows, or lower "
             "--accumulation_steps"
         )
-    total_steps = steps_per_epoch * optimizer.num_epochs
+    total_steps = sum(epoch_steps)
     warmup_steps = optimizer.warmup_steps
     if warmup_steps is None:
         warmup_steps = int(total_steps * WARMUP_RATIO)
@@ -98,18 +134,43 @@ def make_plan(plugin: Plugin, config: LlamaConfig, source: RowDataset) -> RunPla
     return RunPlan(
         world_size=layout.world_size,
         dp_size=layout.dp_size,
+        order=order,
+        sets=sets,
         rows=rows,
         rows_per_step=rows_per_step,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         planned_steps=total_steps if optimizer.max_steps < 0 else min(optimizer.max_steps, total_steps),
         tail_rows=rows - used_rows,
-        tokens_per_epoch=round(source.num_tokens * used_rows / rows),
+        tokens_per_epoch=round(_tokens_of_epoch(order, source) * used_rows / rows),
         warmup_steps=warmup_steps,
         schedule=LearningRateSchedule(optimizer.lr, warmup_steps, total_steps),
         parameters=count_held_parameters(config, settings.adaptation, Layout()),
         memory=[estimate_memory(plugin, config, stage) for stage in range(layout.pp)],
     )
+
+
+def _plan_order(plugin: Plugin, source: RowDataset) -> tuple[RowOrder | MixedOrder, list[SetPlan]]:
+    """The order of the rows, and what it takes from each of several sets."""
+    wanted, optimizer = plugin.settings.data, plugin.settings.optimizer
+    weights = wanted.dataset_weights if source.sets else None
+    if weights is not None:
+        problems = find_repeat_problems(source.sets, weights, optimizer.num_epochs, wanted.max_repeats)
+        if problems:
+            raise UserError(problems)
+    order = make_order(source, optimizer.seed, wanted)
+    if len(source.sets) < 2:
+        return order, []
+    run_tokens = order.set_tokens(optimizer.num_epochs)
+    shares = [None] * len(source.sets) if weights is None else [weight / sum(weights) for weight in weights]
+    return order, [
+        SetPlan(each.name, each.num_rows, each.num_tokens, share, tokens / max(1, sum(run_tokens)), tokens)
+        for each, share, tokens in zip(source.sets, shares, run_tokens, strict=True)
+    ]
+
+
+def _tokens_of_epoch(order: RowOrder | MixedOrder, source: RowDataset) -> int:
+    return sum(order.set_tokens(1)) if isinstance(order, MixedOrder) else source.num_tokens
 
 
 def _doubts(plugin: Plugin, config: LlamaConfig, warmup_steps: int, total_steps: int) -> list[str]:
@@ -139,7 +200,8 @@ def global_batch_line(plan: RunPlan, plugin: Plugin) -> str:
 
 def format_plan(plan: RunPlan, plugin: Plugin) -> str:
     """The plan as tables: the run, and the memory of a process by part."""
-    return "\n\n".join([_format_run(plan, plugin), _format_memory(plan, plugin)])
+    tables = [_format_run(plan, plugin), _format_sets(plan), _format_memory(plan, plugin)]
+    return "\n\n".join(table for table in tables if table)
 
 
 def _format_run(plan: RunPlan, plugin: Plugin) -> str:
@@ -151,7 +213,7 @@ def _format_run(plan: RunPlan, plugin: Plugin) -> str:
         ("plugin and layout", plugin.describe_layout()),
         ("precision", plugin.layout.mixed_precision),
         ("data-parallel processes", plan.dp_size),
-        ("rows of the data", plan.rows),
+        ("rows of an epoch" if isinstance(plan.order, MixedOrder) else "rows of the data", plan.rows),
         ("rows of a step", plan.rows_per_step),
         ("tokens of a step, about", round(plan.tokens_per_step)),
         ("steps of an epoch", plan.steps_per_epoch),
@@ -165,6 +227,22 @@ def _format_run(plan: RunPlan, plugin: Plugin) -> str:
         rows.append(("steps of this run (--max_steps)", plan.planned_steps))
     rows.append(("tokens of this run, about", round(plan.tokens_per_step * plan.planned_steps)))
     return format_table(("plan", ""), rows)
+
+
+def _format_sets(plan: RunPlan) -> str:
+    """What the run takes from each of several sets."""
+    if not plan.sets:
+        return ""
+    done = plan.planned_steps / plan.total_steps
+    header = ["set", "rows", "tokens", "tokens of this run, about", "passes", "share"]
+    is_mixed = any(each.wanted is not None for each in plan.sets)
+    rows = []
+    for each in plan.sets:
+        figures = [f"{each.rows:,}", f"{each.tokens:,}", f"{each.run_tokens * done:,.0f}"]
+        rows.append([each.name, *figures, f"{each.passes * done:.2f}", f"{each.share:.2%}"])
+        if each.wanted is not None:
+            rows[-1].append(f"{each.wanted:.2%}")
+    return format_table([*header, *(["wanted"] if is_mixed else [])], rows)
 
 
 def _format_memory(plan: RunPlan, plugin: Plugin) -> str:

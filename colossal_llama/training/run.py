@@ -175,6 +175,8 @@ class Run:
                 seed,
                 adaptation.trains_embeddings_beside_lora,
             )
+        if len(self.inputs.dataset.sets) > 1:
+            self.plugin.row_losses = []
         noise = EmbeddingNoise(adaptation.neft_alpha, seed) if adaptation.use_neft else None
         self.plugin.boost(model, causal_lm, noise)
 
@@ -278,14 +280,17 @@ class Run:
 
     def make_record(self) -> RunRecord:
         dataset = self.inputs.dataset
+        data: dict[str, Any] = {
+            "fingerprint": dataset.fingerprint,
+            "rows": len(dataset),
+            "tokens": dataset.num_tokens,
+        }
+        if self.settings.data.dataset_weights is not None:  # the order depends on which rows are a set
+            data["sets"] = [{"rows": each.num_rows, "tokens": each.num_tokens} for each in dataset.sets]
         return RunRecord(
             arguments=self.settings.as_json(),
             layout=self.plugin.layout.as_json(),
-            data={
-                "fingerprint": dataset.fingerprint,
-                "rows": len(dataset),
-                "tokens": dataset.num_tokens,
-            },
+            data=data,
             rows_per_step=self.plan.rows_per_step,
             total_steps=self.plan.total_steps,
             model=model_facts(self.inputs.config),
@@ -371,7 +376,7 @@ class Run:
             state,
             self.plan.rows_per_step,
             self.plan.total_steps,
-            len(self.inputs.dataset),
+            self.plan.order.epoch_rows,
             self.settings.optimizer.num_epochs,
         )
         log(f"Resumed from {saved.checkpoint}: step {state.step}, epoch {state.epoch}, row {state.position}")

@@ -58,6 +58,19 @@ class DataSettings:
         type=existing_directory,
         on_resume=FREE,
     )
+    dataset_weights: list[float] | None = flag(
+        None,
+        "a weight for each set (arrow/ directory) of --dataset, in their order: its share of the tokens "
+        "that are trained on; off: each row once an epoch",
+        nargs="+",
+        type=number(float, above=0),
+    )
+    max_repeats: int = flag(
+        4,
+        "most passes over a set that --dataset_weights may ask for in the whole run, the first set excepted",
+        type=positive_int,
+        on_resume=FREE,
+    )
     eval_dataset: list[Path] | None = flag(
         None,
         "prepared data to evaluate on, each set by itself and all together; off when not given",

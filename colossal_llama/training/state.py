@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -16,6 +17,7 @@ class TrainState:
     schedule_offset: what to add to `step` to get the step of the schedule; not zero once the number of rows
         of a step has changed.
     evaluation_due: an evaluation after `step` was cut short, or not begun, when the run was stopped.
+    set_tokens: `tokens` by set, where there are several.
     """
 
     step: int = 0
@@ -24,6 +26,7 @@ class TrainState:
     tokens: int = 0
     schedule_offset: int = 0
     evaluation_due: bool = False
+    set_tokens: list[int] = field(default_factory=list)
 
     def advance(self, rows: int, tokens: int, rows_per_epoch: int) -> bool:
         """Accounts for one step; returns whether it was the last of its epoch (a shorter tail is left
@@ -39,7 +42,7 @@ class TrainState:
         return True
 
     def change_rows_per_step(
-        self, rows_per_step: int, rows_per_epoch: int, num_epochs: int, total_steps: int
+        self, rows_per_step: int, rows_per_epoch: Callable[[int], int], num_epochs: int, total_steps: int
     ) -> None:
         """Continues at the same row with steps of another size.
 
@@ -47,15 +50,19 @@ class TrainState:
         rows do.
 
         Args:
+            rows_per_epoch: rows of an epoch, by its number.
             total_steps: of a whole run with steps of this size.
         """
-        if self.position + rows_per_step > rows_per_epoch:
+        if self.epoch < num_epochs and self.position + rows_per_step > rows_per_epoch(self.epoch):
             self.epoch, self.position = self.epoch + 1, 0
-        remaining = 0
-        if self.epoch < num_epochs:
-            remaining = (rows_per_epoch - self.position) // rows_per_step
-            remaining += (num_epochs - self.epoch - 1) * (rows_per_epoch // rows_per_step)
+        used, remaining = self.position, 0
+        for epoch in range(self.epoch, num_epochs):
+            remaining += (rows_per_epoch(epoch) - used) // rows_per_step
+            used = 0
         self.schedule_offset = total_steps - remaining - self.step
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        value = asdict(self)
+        if not self.set_tokens:
+            del value["set_tokens"]
+        return value

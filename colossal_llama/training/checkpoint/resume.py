@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,18 @@ def warn_of_later_checkpoints(output: OutputSettings, state: TrainState) -> None
 
 
 def continue_at_same_row(
-    saved: SavedRun, state: TrainState, rows_per_step: int, total_steps: int, num_rows: int, num_epochs: int
+    saved: SavedRun,
+    state: TrainState,
+    rows_per_step: int,
+    total_steps: int,
+    rows_per_epoch: Callable[[int], int],
+    num_epochs: int,
 ) -> None:
     """Adapts the position when a step now has another number of rows than when it was saved."""
     before = saved.record.rows_per_step
     if before == rows_per_step:
         return
-    state.change_rows_per_step(rows_per_step, num_rows, num_epochs, total_steps)
+    state.change_rows_per_step(rows_per_step, rows_per_epoch, num_epochs, total_steps)
     log(
         f"A step has {rows_per_step} rows instead of {before}: "
         f"{total_steps - state.schedule_offset} steps in all; warm-up and learning rate follow the rows"

@@ -21,7 +21,7 @@ class RowOrder:
     """
 
     def __init__(self, source: RowDataset, seed: int, bucketed: bool) -> None:
-        self.num_rows = len(source)
+        self.num_rows, self.sets = len(source), source.sets
         self.seed = seed
         self.buckets = source.bucket_ranges if bucketed else [[(0, self.num_rows)]]
 
@@ -31,12 +31,27 @@ class RowOrder:
         filled = 0
         for number, ranges in enumerate(self.buckets):
             size = sum(end - start for start, end in ranges)
-            _shuffle(ranges, rows[filled : filled + size], [self.seed, epoch, number])
+            shuffle_ranges(ranges, rows[filled : filled + size], [self.seed, epoch, number])
             filled += size
         return rows
 
+    def epoch_rows(self, epoch: int) -> int:
+        """How many rows an epoch has."""
+        return self.num_rows
 
-def _shuffle(ranges: Sequence[tuple[int, int]], out: np.ndarray, seed: Sequence[int]) -> None:
+    def set_tokens(self, num_epochs: int) -> list[int]:
+        """Tokens of each set in so many epochs."""
+        return [each.num_tokens * num_epochs for each in self.sets]
+
+    def steps(self, epoch: int, position: int, rows_per_step: int) -> Iterator[np.ndarray]:
+        """The row numbers of each whole step of an epoch from a position on, [rows_per_step]."""
+        permutation = self.permutation(epoch)
+        while position + rows_per_step <= len(permutation):
+            yield permutation[position : position + rows_per_step]
+            position += rows_per_step
+
+
+def shuffle_ranges(ranges: Sequence[tuple[int, int]], out: np.ndarray, seed: Sequence[int]) -> None:
     """Fills `out` with the numbers of all ranges, every order being as likely as any other.
 
     Swaps all over the memory grow slower with it, so numbers that fill more than a cache are dealt to piles
@@ -102,13 +117,10 @@ class StepSampler:
         plan = self.plan
         position = self.position
         for epoch in range(self.epoch, self.num_epochs):
-            permutation = self.order.permutation(epoch)
-            while position + plan.rows_per_step <= len(permutation):
-                step = permutation[position : position + plan.rows_per_step]
+            for step in self.order.steps(epoch, position, plan.rows_per_step):
                 for accumulation in range(plan.accumulation_steps):
                     start = (accumulation * plan.dp_size + plan.dp_rank) * plan.batch_size
                     yield [int(row) for row in step[start : start + plan.batch_size]]
-                position += plan.rows_per_step
             position = 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from colossal_llama.training.data.rows import Row, RowDataset, find_row_problem
+from colossal_llama.training.data.sets import RowSet, set_names
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json_object
 
@@ -70,6 +72,7 @@ class PreparedDataset:
     Attributes:
         bucket_ranges: for each bucket, in order, the [start, end) ranges of its rows; part-N of all
             directories together is bucket N.
+        sets: in order of first mention; each has bins of its own.
         num_tokens: in all rows.
         fingerprint: changes when the rows, their number or their order change; of bins that other programs
             made it knows a few rows only.
@@ -89,6 +92,7 @@ class PreparedDataset:
         self.starts = np.zeros(len(self.paths) + 1, dtype=np.int64)
         self.num_tokens = 0
         digest, problems, buckets = hashlib.sha256(), [], {}
+        part_tokens = [0] * len(self.paths)
         for number, path in enumerate(self.paths):
             self.starts[number + 1] = self.starts[number]
             try:
@@ -120,15 +124,15 @@ class PreparedDataset:
                     f"{path}: row {int(lengths.argmax())} has {int(lengths.max())} tokens, "
                     f"more than --max_length {max_length}; prepare the data with that length or raise it"
                 )
-            self.num_tokens += int(lengths.sum())
+            part_tokens[number] = int(lengths.sum())
+            self.num_tokens += part_tokens[number]
             digest.update(f"{len(table)} {int(lengths.sum())} ".encode())
             for row in {0, len(table) // 2, len(table) - 1} if len(table) else ():
                 for column in ("input_ids", "labels"):
                     digest.update(_values(table, column, row).astype(np.int64).tobytes())
             if (path / PREPARED_FILE).is_file():
                 digest.update(table.schema.metadata[_DIGEST])
-            match = _PART_NAME.search(path.name)
-            bucket = int(match.group(1)) if match else number
+            bucket = _bucket_number(path, number)
             buckets.setdefault(bucket, []).append((int(self.starts[number]), int(self.starts[number + 1])))
         if not problems and len(self) == 0:
             problems.append(f"{flag}: the given parts hold no rows at all")
@@ -136,9 +140,40 @@ class PreparedDataset:
             raise UserError(problems)
         self.bucket_ranges = [buckets[bucket] for bucket in sorted(buckets)]
         self.fingerprint = digest.hexdigest()[:16]
+        self.sets, self._set_of_part = self._find_sets(part_tokens)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def _find_sets(self, part_tokens: Sequence[int]) -> tuple[list[RowSet], np.ndarray]:
+        """The sets, and the number of the set of each part."""
+        parents = [path.parent.resolve() for path in self.paths]
+        numbers = {parent: number for number, parent in enumerate(dict.fromkeys(parents))}
+        directories: dict[Path, Path] = {}
+        for path, parent in zip(self.paths, parents, strict=True):
+            directories.setdefault(parent, path.parent)
+        sets = []
+        for parent, name in zip(numbers, set_names(list(directories.values())), strict=True):
+            parts = [part for part, its_parent in enumerate(parents) if its_parent == parent]
+            bins: dict[int, list[tuple[int, int]]] = {}
+            for part in parts:
+                span = (int(self.starts[part]), int(self.starts[part + 1]))
+                bins.setdefault(_bucket_number(self.paths[part], part), []).append(span)
+            num_rows = sum(end - start for spans in bins.values() for start, end in spans)
+            num_tokens = sum(part_tokens[part] for part in parts)
+            sets.append(RowSet(name, num_rows, num_tokens, [bins[number] for number in sorted(bins)]))
+        return sets, np.array([numbers[parent] for parent in parents])
+
+    def sets_of(self, rows: np.ndarray) -> np.ndarray:
+        """Number of the set that each row belongs to, [rows]."""
+        return self._set_of_part[np.searchsorted(self.starts, rows, side="right") - 1]
+
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each row, [rows], in as few bytes as they fit in."""
+        lengths = np.empty(len(self), dtype=np.uint16 if self.max_length < 2**16 else np.uint32)
+        for part, (start, end) in enumerate(itertools.pairwise(self.starts.tolist())):
+            lengths[start:end] = _row_lengths(self._table(part), "input_ids")
+        return lengths
 
     def _table(self, part: int) -> pa.Table:
         """A part's rows, memory-mapped; the part that was opened first is closed when too many are open."""
@@ -203,6 +238,12 @@ def sum_lengths(dataset: RowDataset, isolated: bool) -> tuple[float, float]:
     if isinstance(dataset, PreparedDataset):
         return dataset.sum_lengths(isolated)
     return dataset.num_tokens, dataset.num_tokens**2 / len(dataset)
+
+
+def _bucket_number(part: Path, number: int) -> int:
+    """N of `part-N`; the place of a part with another name."""
+    match = _PART_NAME.search(part.name)
+    return int(match.group(1)) if match else number
 
 
 def _open_part(path: Path) -> pa.Table:

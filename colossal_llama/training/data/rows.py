@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from colossal_llama.training.data.sets import RowSet
+
 
 @dataclass
 class Row:
@@ -20,9 +22,14 @@ class Row:
 
 
 class RowDataset(Protocol):
-    """What training reads rows from: a prepared data set, or random rows for a benchmark."""
+    """What training reads rows from: a prepared data set, or random rows for a benchmark.
+
+    Attributes:
+        sets: that it is made of; of no more than one, it may not know.
+    """
 
     bucket_ranges: list[list[tuple[int, int]]]
+    sets: list[RowSet]
     num_tokens: int
     fingerprint: str
 
@@ -31,6 +38,14 @@ class RowDataset(Protocol):
     def __getitem__(self, index: int) -> Row: ...
 
     def describe_row(self, index: int) -> str: ...
+
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each row, [rows]."""
+        ...
+
+    def sets_of(self, rows: np.ndarray) -> np.ndarray:
+        """Number of the set that each row belongs to, [rows]."""
+        ...
 
 
 def find_row_problem(

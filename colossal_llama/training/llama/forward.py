@@ -54,9 +54,11 @@ def causal_lm_forward(
         if not pipeline["stage_manager"].is_last_stage():
             return {"hidden_states": outputs["hidden_states"]}
         hidden = outputs[0]
+    row_losses = self.row_losses if self.training else None
     if self.plain_loss:
-        return {"loss_sum": plain_next_token_loss_sum(self.lm_head, hidden, labels)}
-    return {"loss_sum": next_token_loss_sum(self.lm_head, hidden, labels, self.vocabulary_group)}
+        return {"loss_sum": plain_next_token_loss_sum(self.lm_head, hidden, labels, row_losses)}
+    loss_sum = next_token_loss_sum(self.lm_head, hidden, labels, self.vocabulary_group, row_losses)
+    return {"loss_sum": loss_sum}
 
 
 def install_forwards(
@@ -67,6 +69,7 @@ def install_forwards(
     pipeline_arguments: dict | None = None,
     embedding_noise: EmbeddingNoise | None = None,
     plain_loss: bool = False,
+    row_losses: list[torch.Tensor] | None = None,
 ) -> None:
     """Replaces the plugin's forwards by ours, after boosting.
 
@@ -75,10 +78,11 @@ def install_forwards(
         vocabulary_group: the tensor parallel group when `lm_head` is sharded along the vocabulary.
         pipeline_arguments: `stage_manager`, `stage_index` and `shard_config` under pipeline parallelism.
         plain_loss: compute whole logits with ordinary operations.
+        row_losses: gets the summed loss of each row, [batch], in every pass of training.
     """
     install_attention(model, flash, ulysses_group)
     model.pipeline_arguments = pipeline_arguments
     model.vocabulary_group = vocabulary_group
     model.embedding_noise = embedding_noise
-    model.plain_loss = plain_loss
+    model.plain_loss, model.row_losses = plain_loss, row_losses
     model.forward = MethodType(causal_lm_forward, model)

@@ -145,6 +145,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         vocab_start: int,
         num_valid: int,
         group: Any,
+        token_losses: torch.Tensor | None,
     ) -> torch.Tensor:
         needs_grad = hidden.requires_grad or weight.requires_grad
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -170,6 +171,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             else:
                 losses, gradient = _cross_entropy(logits.float(), target, vocab_start, group, needs_grad)
             total += losses.sum()
+            if token_losses is not None:
+                token_losses[rows] = losses
             if needs_grad:
                 gradient = gradient.to(compute_dtype)
                 grad_hidden[rows] = gradient @ compute_weight
@@ -187,11 +190,15 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_hidden = (grad_hidden.float() * grad_total).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def next_token_loss_sum(
-    lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, tensor_parallel_group: Any = None
+    lm_head: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    tensor_parallel_group: Any = None,
+    row_losses: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Sum of the cross entropy over all labels that are not -100, in fp32.
 
@@ -201,6 +208,7 @@ def next_token_loss_sum(
         hidden: [batch, sequence, width], the same on all ranks of the group.
         labels: [batch, sequence]; `labels[b, t]` is the token that position t has to predict: already
             shifted.
+        row_losses: gets the sums of the rows as well, [batch], without gradients.
 
     Returns:
         A scalar; divide it by the number of labels, over all micro-batches and ranks, to get the mean.
@@ -211,16 +219,39 @@ def next_token_loss_sum(
         vocab_start = dist.get_rank(tensor_parallel_group) * weight.size(0)
     vocab_size = getattr(lm_head, "old_num_embeddings", None) or weight.size(0)
     num_valid = max(0, min(weight.size(0), vocab_size - vocab_start))
-    return _LinearCrossEntropySum.apply(
-        hidden.flatten(0, 1), weight, labels.flatten(), vocab_start, num_valid, tensor_parallel_group
+    token_losses = None
+    if row_losses is not None:
+        token_losses = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
+    loss_sum = _LinearCrossEntropySum.apply(
+        hidden.flatten(0, 1),
+        weight,
+        labels.flatten(),
+        vocab_start,
+        num_valid,
+        tensor_parallel_group,
+        token_losses,
     )
+    if row_losses is not None:
+        row_losses.append(token_losses.view(labels.shape).sum(dim=1))
+    return loss_sum
 
 
-def plain_next_token_loss_sum(lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def plain_next_token_loss_sum(
+    lm_head: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    row_losses: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
     """The same sum through whole logits, for parameters that must be used by ordinary torch
     operations (Gemini).
     """
     logits = lm_head(hidden).float()
+    if row_losses is not None:
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LOSS_LABEL, reduction="none"
+        ).view(labels.shape)
+        row_losses.append(losses.detach().sum(dim=1))
+        return losses.sum()
     return F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LOSS_LABEL, reduction="sum"
     )

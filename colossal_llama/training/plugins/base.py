@@ -81,6 +81,8 @@ class Plugin(ABC):
             computed chunk by chunk.
         saves_by_parameter: weights and optimizer state can be read by parameter name, so checkpoints have the
             files that every layout reads, and can be written while training continues.
+        row_losses: where it is a list, each pass of training adds the summed loss of its rows, [rows], on the
+            device (pipeline: of a microbatch's, on the last stage). Set before `boost`.
         places_parameters_itself: parameters do not stay where the model has them once it is boosted.
         pads_vocabulary: rows are added to the embeddings that it splits.
 
@@ -104,6 +106,7 @@ class Plugin(ABC):
     def __init__(self, settings: RunSettings, world_size: int) -> None:
         self.settings = settings
         self.layout: Layout = settings.layout.on(world_size)
+        self.row_losses: list[torch.Tensor] | None = None
 
     # ------------------------------------------------------------------ before a run
 
@@ -282,6 +285,7 @@ class Plugin(ABC):
             pipeline_arguments=self.pipeline_arguments(),
             embedding_noise=noise,
             plain_loss=self.needs_whole_logits,
+            row_losses=self.row_losses,
         )
         restore_rotary_frequencies(causal_lm)
         if not self.places_parameters_itself:

@@ -7,19 +7,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from colossal_llama.training.reporting.metrics import CURVES_FILE, read_all_stages
+from colossal_llama.training.reporting.set_curves import draw_sets, find_sets
+from colossal_llama.training.reporting.smoothing import FEW_STEPS, smooth
 from colossal_llama.utils.console import warn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
 
-# Width of the smoothing (the Gaussian's standard deviation): this share of the run's steps, up to a limit.
-SMOOTHED_SHARE = 1 / 60
-LARGEST_WIDTH = 500.0
-# Fewer steps than this are drawn with a mark each, and not smoothed.
-FEW_STEPS = 20
 STEP_AXIS, TOKEN_AXIS = "optimizer step", "tokens seen"
 BITS = "eval_bits_per_byte"
 ALL_SETS = "all sets"
@@ -76,24 +72,12 @@ def join_stages(stages: list[list[dict[str, Any]]]) -> list[Curve]:
     return curves
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Means weighted with a Gaussian around each step, so that the curve does not lag behind a falling loss;
-    at both ends over the steps that are there.
-    """
-    if len(values) < FEW_STEPS:
-        return values
-    width = min(max(1.0, SMOOTHED_SHARE * len(values)), LARGEST_WIDTH)
-    offsets = np.arange(-int(3 * width), int(3 * width) + 1)
-    kernel = np.exp(-0.5 * (offsets / width) ** 2)
-    sums = np.convolve(values, kernel, mode="same") / np.convolve(np.ones(len(values)), kernel, mode="same")
-    return sums.tolist()
-
-
 def draw_curves(directory: Path) -> Path | None:
     """Writes `training_curves.png` from the metrics in a directory; returns its path, None without metrics.
 
     A first row of panels shows the run. One that started from an earlier run's weights has a second row, with
-    all stages joined. Where held-out sets were evaluated, a last panel has the bits per byte of each.
+    all stages joined. Where held-out sets were evaluated, a last panel has the bits per byte of each; where
+    the data has several sets, a last row compares them.
     """
     stages = read_all_stages(directory)
     has_losses = [any(record.get("loss") is not None for record in records) for records in stages]
@@ -113,8 +97,15 @@ def draw_curves(directory: Path) -> Path | None:
         dict.fromkeys(name for _, curves in rows for curve in curves for name in curve.bits_per_byte)
     )
     num_panels = 4 if set_names else 3
-    figure = Figure(figsize=(16 / 3 * num_panels, 4.8 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    has_sets = bool(find_sets(stages[-1]))
+    size = (16 / 3 * num_panels, 4.8 * (len(rows) + has_sets))
+    picture = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(picture)
+    figure: FigureBase = picture
+    if has_sets:
+        figure, below = picture.subfigures(2, 1, height_ratios=[len(rows), 1])
+        for axis in draw_sets(below, stages[-1]):
+            _finish(axis, rows[0][1], STEP_AXIS, axis.get_title())
     panels = figure.subplots(len(rows), num_panels, squeeze=False)
     for axes, (title, curves) in zip(panels, rows, strict=True):
         _draw_losses(axes[0], curves, STEP_AXIS, f"Loss by step{title}")
@@ -131,7 +122,7 @@ def draw_curves(directory: Path) -> Path | None:
     columns = min(len(named), 7)
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False)
     path = directory / CURVES_FILE
-    figure.savefig(path, dpi=110)
+    picture.savefig(path, dpi=110)
     return path
 
 

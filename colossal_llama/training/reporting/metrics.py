@@ -37,8 +37,16 @@ _BY_TOKENS = {
     "eval_loss": "eval/loss_by_tokens",
     "eval_bits_per_byte": "eval/bits_per_byte_by_tokens",
 }
-# Figures of one evaluation set among several: eval_loss/<set> -> eval/loss/<set>.
-_OF_ONE_SET = ("eval_loss/", "eval_bits_per_byte/")
+# Figures of one set among several: loss/<set> -> train/loss/<set>. The tokens with loss of a step
+# (`loss_tokens/`) are for sums over steps and not drawn.
+_OF_SETS = {
+    "loss": "train/loss",
+    "tokens": "train/tokens",
+    "share": "train/share",
+    "passes": "train/passes",
+    "eval_loss": "eval/loss",
+    "eval_bits_per_byte": "eval/bits_per_byte",
+}
 
 
 def read_metrics(
@@ -189,9 +197,9 @@ class MetricsWriter:
             if value is None:
                 continue
             tag = _TAGS.get(name)
-            if name.startswith(_OF_ONE_SET):
-                figure, _, set_name = name.partition("/")
-                tag = f"{_TAGS[figure]}/{set_name.strip('/')}"
+            figure, _, set_name = name.partition("/")
+            if set_name and figure in _OF_SETS:
+                tag = f"{_OF_SETS[figure]}/{set_name}"
             if tag is not None:
                 self._board.add_scalar(tag, value, record["step"])
             if name in _BY_TOKENS:

@@ -10,6 +10,7 @@ from plugin_cases import LLAMA2_7B, ULYSSES, make_config, parse, plugin_of
 from transformers import LlamaConfig
 
 from colossal_llama.training.data.random_rows import RandomRows
+from colossal_llama.training.data.sets import RowSet
 from colossal_llama.training.plan import (
     GIB,
     format_plan,
@@ -177,3 +178,57 @@ def test_plan_of_a_small_model_is_in_mebibytes() -> None:
     text = format_plan(plan, plugin)
     assert "memory of a process (MiB, estimated)" in text
     assert cells(text)["at its fullest"] == [f"{plan.memory[0].peak / 1024**2:.2f}"]
+
+
+# Several sets
+
+
+class TwoSets(RandomRows):
+    """The first 60 rows are one set, the others another."""
+
+    def __init__(self) -> None:
+        super().__init__(100, 64, 128, 0)
+        sizes = {"new": (0, 60), "old/web": (60, 100)}
+        self.sets = [
+            RowSet(name, end - start, 64 * (end - start), [[(start, end)]])
+            for name, (start, end) in sizes.items()
+        ]
+
+
+def plan_of_sets(flags: str):
+    plugin = plugin_of(f"--max_length 64 --plugin ddp --batch_size 4 --accumulation_steps 2 {flags}", 1)
+    return make_plan(plugin, make_config(), TwoSets()), plugin
+
+
+def test_a_mixture_is_planned_with_its_tokens_passes_and_shares() -> None:
+    plan, plugin = plan_of_sets("--dataset_weights 3 1 --num_epochs 3")
+    assert [plan.order.epoch_rows(epoch) for epoch in range(3)] == [80, 80, 80]
+    assert (plan.rows, plan.steps_per_epoch, plan.total_steps, plan.tail_rows) == (80, 10, 30, 0)
+    assert plan.tokens_per_epoch == 80 * 64
+    assert [(each.run_tokens, each.passes, each.share, each.wanted) for each in plan.sets] == [
+        (180 * 64, 3.0, 0.75, 0.75),
+        (60 * 64, 1.5, 0.25, 0.25),
+    ]
+    lines = [line.split() for line in format_plan(plan, plugin).splitlines()]
+    assert ["old/web", "40", "2,560", "3,840", "1.50", "25.00%", "25.00%"] in lines
+    assert ["rows", "of", "an", "epoch", "80"] in lines
+    half, plugin = plan_of_sets("--dataset_weights 3 1 --num_epochs 3 --max_steps 15")
+    assert "old/web    40   2,560                      1,920    0.75  25.00%  25.00%" in format_plan(
+        half, plugin
+    )
+
+
+def test_sets_that_are_not_mixed_are_shown_too() -> None:
+    plan, plugin = plan_of_sets("")
+    assert [(each.share, each.passes, each.wanted) for each in plan.sets] == [
+        (0.6, 1.0, None),
+        (0.4, 1.0, None),
+    ]
+    assert "wanted" not in format_plan(plan, plugin)
+
+
+def test_too_many_repeats_end_a_plan() -> None:
+    with pytest.raises(UserError, match="set old/web would be passed over 6 times in the run"):
+        plan_of_sets("--dataset_weights 1 4")
+    plan, _ = plan_of_sets("--dataset_weights 1 4 --max_repeats 6")
+    assert plan.sets[1].passes == 6

@@ -36,6 +36,8 @@ def problems_of(capsys: pytest.CaptureFixture[str], flags: str = "", required: b
 DEFAULTS = {
     "dataset": None,
     "eval_dataset": None,
+    "dataset_weights": None,
+    "max_repeats": 4,
     "eval_interval": 0,
     "eval_at_start": False,
     "max_length": 4096,

@@ -73,3 +73,28 @@ def test_warm_up_follows_the_rows_of_a_step(batch_size, expected, tmp_path, tiny
         schedule = rescale_warmup(plan.schedule, settings.optimizer.warmup_steps, saved, plan.rows_per_step)
         assert schedule.warmup_steps == warm_up
         assert schedule.total_steps == 400 // batch_size
+
+
+def test_a_mixture_may_not_change_on_resume_but_the_limit_of_its_repeats_may(tmp_path, tiny_model_dir):
+    settings = parse("--pretrained", tiny_model_dir, "--benchmark", "--plugin", "ddp")
+    layout = Layout()
+
+    def record(weights, sets, **more) -> RunRecord:
+        made = replace(record_of(settings, dataset_weights=weights, **more), layout=layout.as_json())
+        return replace(made, data={"rows": 9, **({} if sets is None else {"sets": sets})})
+
+    sets = [{"rows": 4, "tokens": 40}, {"rows": 5, "tokens": 50}]
+    before = saved_run(tmp_path, record([3.0, 1.0], sets))
+    check_resumable(before, record([3.0, 1.0], sets, max_repeats=9), settings, layout)
+    for now, message in (
+        (record([2.0, 1.0], sets), r"--dataset_weights: \[3.0, 1.0\] when saved, \[2.0, 1.0\] now"),
+        (record(None, None), r"--dataset_weights: \[3.0, 1.0\] when saved, None now"),
+        (record([3.0, 1.0], sets[::-1]), "--dataset: sets .* when saved"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_resumable(before, now, settings, layout)
+    # A checkpoint of a version without the flag has no weights.
+    older = saved_run(tmp_path, record(..., None, max_repeats=...))
+    check_resumable(older, record(None, None), settings, layout)
+    with pytest.raises(UserError, match="--dataset_weights: None when saved"):
+        check_resumable(older, record([3.0, 1.0], sets), settings, layout)

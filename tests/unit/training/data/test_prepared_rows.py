@@ -40,6 +40,7 @@ class ListSource:
         self.fingerprint = ""
         ends = np.cumsum(bucket_sizes or [len(rows)]).tolist()
         self.bucket_ranges = [[(start, end)] for start, end in zip([0, *ends], ends, strict=False)]
+        self.sets = []
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -449,6 +450,29 @@ def test_parts_are_laid_end_to_end_and_make_buckets(tmp_path: Path) -> None:
     assert source.describe_row(7) == f"{parts[2]} row 2"
     order = RowOrder(source, 0, bucketed=True).permutation(0).tolist()
     assert sorted(order[:6]) == [0, 1, 5, 6, 7, 8]
+
+
+def test_a_set_is_a_directory_of_parts_in_order_of_first_mention(tmp_path: Path) -> None:
+    rows = [make_row([list(range(number + 1))]) for number in range(10)]
+    sizes = {"zh/arrow/part-00001": 3, "en/arrow/part-00000": 2, "zh/arrow/part-00000": 4, "code/part-0": 1}
+    parts, filled = [], 0
+    for name, size in sizes.items():
+        parts.append(write_part(tmp_path / name, rows[filled : filled + size]))
+        filled += size
+    source = PreparedDataset(parts, 16, True)
+    assert [(each.name, each.num_rows) for each in source.sets] == [("zh", 7), ("en", 2), ("code", 1)]
+    assert [each.bins for each in source.sets] == [[[(5, 9)], [(0, 3)]], [[(3, 5)]], [[(9, 10)]]]
+    assert [each.num_tokens for each in source.sets] == [1 + 2 + 3 + 6 + 7 + 8 + 9, 4 + 5, 10]
+    assert source.row_lengths().tolist() == list(range(1, 11))
+    assert source.row_lengths().dtype == np.uint16
+    assert source.sets_of(np.arange(10)).tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 0, 2]
+    # Another way to write the same directory, and a link to a part, make no further set.
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "part-00007").symlink_to(parts[1])
+    linked = PreparedDataset([parts[0], tmp_path / "en" / ".." / "zh" / "arrow" / "part-00000"], 16, True)
+    assert [each.name for each in linked.sets] == ["zh"]
+    moved = PreparedDataset([parts[0], tmp_path / "more" / "part-00007"], 16, True)
+    assert [each.name for each in moved.sets] == ["zh", "more"]
 
 
 def test_fingerprint_changes_with_rows_their_number_and_order(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama.training.llama import loss as loss_module
-from colossal_llama.training.llama.loss import next_token_loss_sum
+from colossal_llama.training.llama.loss import next_token_loss_sum, plain_next_token_loss_sum
 
 
 def reference(head, hidden, labels):
@@ -54,6 +54,29 @@ def test_half_precision_head_reports_an_fp32_loss(dtype):
     value.backward()
     assert hidden.grad.dtype == dtype
     assert head.weight.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("chunk_values", [1 << 26, 60])
+def test_rows_have_losses_of_their_own_that_change_nothing(chunk_values, monkeypatch):
+    monkeypatch.setattr(loss_module, "MAX_CHUNK_VALUES", chunk_values)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 20, bias=False)
+    hidden, labels = torch.randn(3, 7, 8), torch.randint(0, 20, (3, 7))
+    labels[torch.rand(3, 7) < 0.3] = -100
+    results = []
+    for function in (next_token_loss_sum, plain_next_token_loss_sum):
+        for row_losses in (None, []):
+            head.weight.grad, x = None, hidden.clone().requires_grad_()
+            value = function(head, x, labels, row_losses=row_losses)
+            value.backward()
+            results.append((value.detach(), x.grad, head.weight.grad))
+            if row_losses is not None:
+                alone = [reference(head, hidden[i : i + 1], labels[i : i + 1]) for i in range(3)]
+                torch.testing.assert_close(row_losses[0], torch.stack(alone).detach())
+                assert not row_losses[0].requires_grad
+    assert all(torch.equal(with_rows, without) for with_rows, without in zip(*results[:2], strict=True))
+    for with_rows, without in zip(*results[2:], strict=True):
+        torch.testing.assert_close(with_rows, without)
 
 
 def test_nothing_is_kept_without_gradients():

@@ -17,6 +17,7 @@ from colossal_llama.training.reporting.curves import (
     shorten_rate,
     smooth,
 )
+from colossal_llama.training.reporting.set_curves import find_sets, values_of
 
 
 def make_records(num_steps: int, tokens_per_step: int, eval_every: int = 0) -> list[dict]:
@@ -141,3 +142,23 @@ def test_old_and_new_language_share_a_panel(tmp_path: Path) -> None:
 def test_no_picture_without_metrics(tmp_path: Path) -> None:
     assert draw_curves(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sets_are_compared_in_a_row_of_panels(tmp_path: Path) -> None:
+    plain, mixed = make_records(30, 10), make_records(30, 10)
+    for record in mixed:
+        for number, name in enumerate(("zh", "en/web")):
+            if number == 0 or record["step"] % 2:  # a step may have no token of a set
+                record[f"loss/{name}"] = record["loss"] + number
+            record[f"share/{name}"], record[f"passes/{name}"] = 0.5, record["step"] / 30
+    assert (find_sets(plain), find_sets(mixed)) == ([], ["zh", "en/web"])
+    assert values_of(mixed, "loss/en/web")[0] == list(range(1, 31, 2))
+    pictures = []
+    for name, records in (("plain", plain), ("mixed", mixed)):
+        write_metrics(tmp_path / name, [records])
+        pictures.append(matplotlib.image.imread(draw_curves(tmp_path / name)))
+    assert pictures[1].shape[0] == 2 * pictures[0].shape[0]
+    red, purple = (214, 39, 40), (148, 103, 189)
+    for colour in (red, purple):
+        assert count_coloured(pictures[0], colour) == 0
+        assert count_coloured(pictures[1], colour) > 500

@@ -267,3 +267,19 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
     lines = ['{"step": 1, "loss": 2.0}', "[1]", "null", '{"loss": 1.0}', '{"step": "2"}', '{"step": 3', ""]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert read_metrics(tmp_path, up_to_step=5) == [{"step": 1, "loss": 2.0}]
+
+
+def test_figures_of_sets_have_tags_of_their_own(tmp_path: Path) -> None:
+    figures = {
+        "loss/zh/web": 2.0,
+        "loss_tokens/zh/web": 90,
+        "tokens/zh/web": 100,
+        "share/zh/web": 0.25,
+        "passes/zh/web": 0.5,
+    }
+    write(tmp_path, [make_record(1, **figures)])
+    events = load_events(tmp_path)
+    for name in ("loss", "tokens", "share", "passes"):
+        assert scalars(events, f"train/{name}/zh/web") == [(1, figures[f"{name}/zh/web"])]
+    assert not any("loss_tokens" in tag for tag in events.Tags()["scalars"])
+    assert read_metrics(tmp_path)[0]["loss_tokens/zh/web"] == 90
