@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # Name -> module and class. Names alone, so that only what is used is imported.
 TEMPLATES = {
     "colossal": "colossal_llama.conversation.colossal:ColossalTemplate",
+    "llama2": "colossal_llama.conversation.llama2:Llama2Template",
+    "llama3": "colossal_llama.conversation.llama3:Llama3Template",
     "tokenizer": "colossal_llama.conversation.jinja:JinjaTemplate",
 }
 

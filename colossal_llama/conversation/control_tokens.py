@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
+
+from colossal_llama.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RENAMED = "\ufdd3"  # a noncharacter: no text that is encoded holds it
 
@@ -62,3 +68,40 @@ def plain_copy(serialised: str) -> Tokenizer:
     copy.no_padding()
     copy.post_processor = None
     return copy
+
+
+def find_token(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    """The id of a token; None if the tokenizer does not have it."""
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or (token_id == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        return None
+    return token_id
+
+
+def find_named_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """The string of `bos_token` or `eos_token`; `UserError` where the tokenizer has none."""
+    token = getattr(tokenizer, name)
+    if token is None:
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no {name}, which the template needs")
+    return token
+
+
+def find_control_token(tokenizer: PreTrainedTokenizerBase, token: str, template: str) -> int:
+    """The id of a special token that a template needs.
+
+    Raises:
+        UserError: the tokenizer lacks it, or finds it in plain text too.
+    """
+    token_id = find_token(tokenizer, token)
+    if token_id is None:
+        raise UserError(
+            f"--template {template}: needs the special token {token}, which the tokenizer "
+            f"{tokenizer.name_or_path} does not have; use --template colossal"
+        )
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    if added is None or not added.special:
+        raise UserError(
+            f"{tokenizer.name_or_path}: {token} is an ordinary added word, and a text that spells it would "
+            'be taken for it; give it "special": true in the tokenizer\'s files'
+        )
+    return token_id

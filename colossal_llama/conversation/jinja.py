@@ -40,7 +40,7 @@ from colossal_llama.conversation.control_tokens import (
     rename_special_tokens,
     renamed,
 )
-from colossal_llama.conversation.messages import Message
+from colossal_llama.conversation.messages import Message, as_chat
 from colossal_llama.corpus.records import BadRecord
 from colossal_llama.utils.errors import UserError
 
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 TemplateTokens = tuple[tuple[str, str | tuple[str, ...]], ...]
 OPEN, CLOSE, QUOTE = "\ufdd0", "\ufdd1", "\ufdd2"
 MARKS = re.compile(f"[{OPEN}-{RENAMED}]")
-ROLE_NAMES = {"human": "user", "assistant": "assistant", "system": "system"}
 GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 # Some templates write today's date, and the output would depend on it; this is LLaMA 3.1's own default.
 DATE = datetime(2024, 7, 26)
@@ -348,10 +347,11 @@ class JinjaTemplate:
         tokenize: bool = False,
     ) -> Any:
         """What `apply_chat_template` gives, text or token ids; raises `Refused`."""
-        chat = [{"role": ROLE_NAMES[message.role], "content": message.content} for message in messages]
         try:
             (result,) = self.tokenizer.apply_chat_template(
-                [chat],  # a batch, which transformers also takes when there is no message in it yet
+                [
+                    as_chat(messages)
+                ],  # a batch, which transformers also takes when there is no message in it yet
                 chat_template=template or self.template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=tokenize,

@@ -7,19 +7,22 @@ by itself. (The tokenizer's own Jinja template is a program that writes one text
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from colossal_llama.conversation.binding import BoundForm, bind_form
+from colossal_llama.conversation.form import CONTENT, Form, write_marker
+from colossal_llama.conversation.jinja_text import write_jinja
 from colossal_llama.conversation.messages import Message
+from colossal_llama.conversation.stretches import EncodeTexts, EncodeWithOffsets
+from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
-
-# Token ids of each text by itself: nothing added, and the strings of special tokens taken as plain text.
-EncodeTexts = Callable[[Sequence[str]], Iterable[list[int]]]
 
 
 class Template(Protocol):
@@ -36,20 +39,16 @@ class Template(Protocol):
         """The tokens that end an answer."""
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids that a template puts between texts."""
-
-    bos_id: int
-    end_of_turn_id: int
-
-
 class Segment(NamedTuple):
-    """A stretch of text (`text` is set) or one special token (`token_id` is set), with or without loss."""
+    """A stretch of text (`text` is set) or one special token (`token_id` is set), with or without loss.
+
+    `loss_start`: of a text with loss, the character where that begins.
+    """
 
     text: str | None = None
     token_id: int | None = None
     has_loss: bool = False
+    loss_start: int = 0
 
 
 @dataclass
@@ -68,60 +67,216 @@ class EncodedTurns:
     answers: list[bool] = field(default_factory=list)
 
 
-class TurnTemplate(ABC):
-    """A template that writes each turn whatever the others are, and its texts each by itself.
+@dataclass(frozen=True)
+class _Turn:
+    """What a template writes around what a message says, cut at special tokens.
 
-    Args:
-        special: ids that it puts between texts.
-        encode_texts: encodes them.
+        "Assistant: " <s> CONTENT </s>      "[INST] " CONTENT " [/INST]"  (and the answer goes on)
+         ─ head ─     rest lead… after       ─ lead ─  … ─ trail ─
+
+    Attributes:
+        head: the text before the first of the special tokens that come before what is said.
+        rest: those tokens and the texts between them; empty where there are none.
+        before: `head` and `rest` behind an end of a turn.
+        lead, trail: text around what is said, in one stretch with it.
+        unlearned: the characters of `lead` that have no loss.
+        after, learned: special tokens that follow, without and with loss; empty where the stretch goes on.
     """
 
-    # Texts that come again and again: they are encoded once.
-    FIXED_TEXTS: ClassVar[Sequence[str]] = ()
+    head: str
+    rest: tuple[Segment, ...]
+    before: tuple[Segment, ...]
+    lead: str
+    trail: str
+    unlearned: int
+    after: tuple[Segment, ...]
+    learned: tuple[Segment, ...]
 
-    def __init__(self, special: SpecialTokens, encode_texts: EncodeTexts) -> None:
-        self.special = special
-        self._encode_texts = encode_texts
-        self._fixed = dict(zip(self.FIXED_TEXTS, encode_texts(self.FIXED_TEXTS), strict=True))
 
+class TurnTemplate(ABC):
+    """A template that writes each turn whatever the others are, as its `Form` says.
+
+    Args:
+        bound: the form, for a tokenizer.
+        encode: encodes stretches of text between special tokens.
+        encode_with_offsets: the same ids, with offsets; used where loss begins inside of a stretch.
+    """
+
+    def __init__(
+        self, bound: BoundForm, encode: EncodeTexts, encode_with_offsets: EncodeWithOffsets | None = None
+    ) -> None:
+        self.bound = bound
+        self.form = bound.form
+        self._encode_texts, self._encode_with_offsets = encode, encode_with_offsets
+        self._control_ids = dict(bound.control_ids)
+        pattern = "|".join(map(re.escape, sorted(self._control_ids, key=len, reverse=True)))
+        self._controls = re.compile(f"({pattern})")
+        self._turns = {
+            "system": self._cut_turn("", self.form.system),
+            "human": self._cut_turn("", self.form.human),
+            "assistant": self._cut_turn(self.form.header, self.form.answer),
+        }
+        opening = self._cut(self.form.opening)
+        assert all(part.token_id is not None for part in opening), "an opening of special tokens alone"
+        self._opening = tuple(opening)
+        # Texts that come again and again: they are encoded once.
+        heads = {self._turns[role].head for role in ("human", "assistant")}
+        opening = ""
+        if self.form.default_system and not self._turns["system"].after and not self.form.system_inside:
+            opening = self.form.system.replace(CONTENT, self.form.default_system)
+        texts = {bound.rule.write(text) for head in heads for text in (head, opening + head)} - {""}
+        self._fixed = dict(zip(sorted(texts), encode(sorted(texts)), strict=True))
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, llama_version: int | None = None) -> Self:
+        return cls(*bind_form(cls.describe(tokenizer, llama_version), tokenizer))
+
+    @classmethod
     @abstractmethod
+    def describe(cls, tokenizer: PreTrainedTokenizerBase, llama_version: int | None = None) -> Form:
+        """The form, in the tokenizer's special tokens; raises `UserError` when it lacks one."""
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+        return self._control_ids[self.form.end]
+
+    def chat_template(self) -> str | None:
+        """The Jinja text from which `apply_chat_template` makes the same tokens; None if there is none."""
+        if not self.bound.is_writable:
+            return None
+        return write_jinja(self.form, tuple(self._control_ids), self.bound.rule, write_marker(self.form))
+
     def render_turns(self, messages: Sequence[Message]) -> list[list[Segment]]:
-        """Segments by turn; what comes before the first turn belongs to it."""
+        """Segments by turn (system messages are no turns); what comes before the first turn belongs to it.
 
-    @abstractmethod
+        A turn ends with an answer's last token; a human's may go on in the answer's first stretch.
+        """
+        turns, _, pending = self._render(messages)
+        if turns and pending:
+            turns[-1].append(Segment(self.bound.rule.write(pending)))
+        return turns
+
     def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
-        """All turns so far, then what comes before the assistant's next one."""
+        """All turns so far, then what comes before the assistant's next one. Nothing has loss."""
+        turns, opening, pending = self._render(messages)
+        segments = [Segment(text, token_id) for turn in turns for text, token_id, _, _ in turn]
+        head, *others = self._controls.split(self.form.header)
+        header = self._cut(self.form.header[len(head) :]) if others else []
+        text = self.bound.rule.write(pending + head)
+        return [*segments, *opening, *([Segment(text)] if text else []), *header]
 
     def encode_conversations(self, conversations: Iterable[Sequence[Message]]) -> Iterator[EncodedTurns]:
         """The tokens of each conversation, in order; the texts of all are encoded in one batch."""
         return self._encode([self.render_turns(messages) for messages in conversations])
 
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation, as in a row."""
+        turns = self.render_turns(messages)
+        segments = [Segment(text, token_id) for turn in turns for text, token_id, _, _ in turn]
+        (encoded,) = self._encode([[segments]])
+        return encoded.ids
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        if refusal := self.form.find_refusal(messages):
+            raise UserError(f"the template refuses the conversation: {refusal}")
         (encoded,) = self._encode([[self.render_prompt(messages)]])
         return encoded.ids
 
     def find_end_ids(self) -> set[int]:
-        return {self.special.end_of_turn_id}
+        return {self.end_id}
+
+    def _cut(self, text: str, has_loss: bool = False) -> list[Segment]:
+        """A text without `CONTENT` in segments, as it is behind a special token."""
+        return [
+            Segment(None, self._control_ids[part], has_loss)
+            if part in self._control_ids
+            else Segment(self.bound.rule.write(part), None, has_loss)
+            for part in self._controls.split(text)
+            if part
+        ]
+
+    def _cut_turn(self, header: str, body: str) -> _Turn:
+        """Cuts what is written for a message; `header` is what of it has no loss where the rest has."""
+        before, after = (header + (body or CONTENT)).split(CONTENT)
+        *heads, lead = self._controls.split(before)
+        trail, *tails = self._controls.split(after)
+        assert not tails or not tails[-1], "a message ends with what it says, or with a special token"
+        rest = before[len(heads[0]) : len(before) - len(lead)] if heads else ""
+        return _Turn(
+            head=heads[0] if heads else "",
+            rest=tuple(self._cut(rest)),
+            before=tuple(self._cut(before[: len(before) - len(lead)])),
+            lead=lead,
+            trail=trail,
+            unlearned=max(0, len(header) - (len(before) - len(lead))),
+            after=tuple(self._cut(after[len(trail) :])),
+            learned=tuple(self._cut(after[len(trail) :], has_loss=True)),
+        )
+
+    def _render(self, messages: Sequence[Message]) -> tuple[list[list[Segment]], list[Segment], str]:
+        """Segments by turn, those that no turn has followed, and the text that goes on behind the last."""
+        form, write, patterns = self.form, self.bound.rule.write, self._turns
+        written, inside = form.add_system(messages)
+        segments = list(self._opening)
+        rendered = []
+        pending = ""
+        for message in written:
+            role, content = message.role, message.content
+            turn = patterns[role]
+            if inside:
+                content, inside = inside + content, ""
+            if form.trims:
+                content = content.strip()
+            if turn.rest:
+                if pending:
+                    segments.append(Segment(write(pending + turn.head)))
+                    segments += turn.rest
+                    pending = ""
+                else:
+                    segments += turn.before
+            stretch = pending + turn.lead + content + turn.trail
+            if not turn.after:
+                pending = stretch
+            else:
+                has_loss = role == "assistant" and bool(content)
+                text = write(stretch)
+                loss_start = 0
+                if has_loss and (pending or turn.unlearned):
+                    loss_start = len(text) - len(stretch) + len(pending) + turn.unlearned
+                segments.append(Segment(text, None, has_loss, loss_start))
+                segments += turn.learned if has_loss else turn.after
+                pending = ""
+            if role != "system":
+                rendered.append(segments)
+                segments = []
+        return rendered, segments, pending
 
     def _encode(self, conversations: Sequence[Sequence[Sequence[Segment]]]) -> Iterator[EncodedTurns]:
         fixed_texts = self._fixed
-        texts = [
-            text
-            for turns in conversations
-            for segments in turns
-            for text, _, _ in segments
-            if text and text not in fixed_texts
-        ]
+        texts, split_texts = [], []
+        for turns in conversations:
+            for segments in turns:
+                for text, _, _, loss_start in segments:
+                    if loss_start:
+                        split_texts.append(text)
+                    elif text and text not in fixed_texts:
+                        texts.append(text)
         encoded = iter(self._encode_texts(texts))
+        encodings = iter(self._encode_with_offsets(split_texts) if split_texts else ())
         for turns in conversations:
             result = EncodedTurns()
             ids, loss_spans = result.ids, result.loss_spans
             for segments in turns:
                 num_spans = len(loss_spans)
-                for text, token_id, has_loss in segments:
+                for text, token_id, has_loss, loss_start in segments:
                     start = len(ids)
                     if token_id is not None:
                         ids.append(token_id)
+                    elif loss_start:
+                        encoding = next(encodings)
+                        start += count_before(encoding.offsets, loss_start)
+                        ids.extend(encoding.ids)
                     elif text:
                         fixed = fixed_texts.get(text)
                         ids.extend(next(encoded) if fixed is None else fixed)
@@ -132,8 +287,6 @@ class TurnTemplate(ABC):
             yield result
 
 
-def encode_plain_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text by itself: no BOS or EOS added, special-token strings taken as plain text."""
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+def count_before(offsets: Sequence[tuple[int, int]], position: int) -> int:
+    """The number of tokens before the first one that ends beyond `position`: that one holds the character."""
+    return next((index for index, (_, end) in enumerate(offsets) if end > position), len(offsets))

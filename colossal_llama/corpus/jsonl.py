@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from colossal_llama.corpus.parquet import SUFFIX as PARQUET
+from colossal_llama.corpus.parquet import read_rows
 from colossal_llama.corpus.storage import (
     NOT_A_FILE,
     READ_BUFFER_BYTES,
@@ -26,7 +28,7 @@ from colossal_llama.utils.console import log, warn
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.messages import join_names
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", PARQUET)
 # Names of files that may well be meant as input, though they are not read.
 SIMILAR_NAME = re.compile(r"[^.].*\.(jsonl?|jsonlines|ndjson|parquet|csv|tsv)(\.\w+)?", re.IGNORECASE)
 MAX_NAMED_FILES = 20
@@ -34,6 +36,7 @@ UTF8_BOM = b"\xef\xbb\xbf"
 # Small enough that a small corpus keeps every worker busy to the end, and never more shards than that.
 MIN_SHARD_BYTES = 2 << 20
 MAX_SHARDS = 16384
+MIN_PARQUET_SHARD_BYTES = 32 << 20  # row groups are rarely smaller, and each shard reads the file's index
 ZSTD_CHUNK_BYTES = 1 << 16  # may unpack to a thousand times as much
 
 
@@ -41,9 +44,9 @@ ZSTD_CHUNK_BYTES = 1 << 16  # may unpack to a thousand times as much
 class Shard:
     """A part of an input file: the lines that start at the bytes `start` ≤ … < `end`.
 
-    A compressed file can only be read from its beginning, so it is one shard. Shards depend on the files
-    alone, not on the number of workers. `size` and `version` are those of the file when the shards were
-    made; see `InputFile`.
+    A compressed file can only be read from its beginning, so it is one shard. Of a Parquet file, a
+    shard is the rows of the row groups that start there. Shards depend on the files alone, not on the number
+    of workers. `size` and `version` are those of the file when the shards were made; see `InputFile`.
     """
 
     path: str
@@ -147,11 +150,28 @@ def make_shards(files: list[list[InputFile]]) -> list[Shard]:
     shards = []
     for input_dir, directory in enumerate(files):
         for file in directory:
-            whole = not file.name.endswith(".jsonl")
-            for start in range(0, 1 if whole else max(file.size, 1), step):
-                end = file.size if whole else min(start + step, file.size)
+            whole = not file.name.endswith((".jsonl", PARQUET))
+            length = max(step, MIN_PARQUET_SHARD_BYTES) if file.name.endswith(PARQUET) else step
+            for start in range(0, 1 if whole else max(file.size, 1), length):
+                end = file.size if whole else min(start + length, file.size)
                 shards.append(Shard(file.path, input_dir, start, end, file.size, file.version))
     return shards
+
+
+def read_records(shard: Shard, fields: Sequence[str] = ()) -> Iterator[bytes | dict[str, Any]]:
+    """The lines of a shard, as of `read_lines`, or the rows of a Parquet file.
+
+    Args:
+        fields: those of a record that are wanted; others may be missing from rows.
+
+    Raises:
+        UserError: as of `read_lines`.
+    """
+    if not shard.path.endswith(PARQUET):
+        yield from read_lines(shard)
+        return
+    yield from read_rows(shard.path, shard.size, shard.start, shard.end, fields)
+    _refuse_changed(shard)
 
 
 def read_lines(shard: Shard) -> Iterator[bytes]:
@@ -170,6 +190,10 @@ def read_lines(shard: Shard) -> Iterator[bytes]:
                     yield line.removeprefix(UTF8_BOM) if number == 0 else line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{shard.path}: damaged file: {error}; compress it again") from None
+    _refuse_changed(shard)
+
+
+def _refuse_changed(shard: Shard) -> None:
     now = stat_file(shard.path)
     if (now.size, now.version) != (shard.size, shard.version):
         raise UserError(f"{shard.path}: changed while it was read; run the command again")

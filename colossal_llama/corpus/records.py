@@ -13,6 +13,7 @@ import orjson
 from colossal_llama.utils.files import json_type
 
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+DEFAULT_CATEGORY = "unknown"
 
 
 class BadRecord(Exception):
@@ -77,6 +78,12 @@ def take_string(record: dict[str, Any], field: str) -> str:
             f"'{field}' missing", f"'{field}' is missing (compulsory; found {_field_names(record)})"
         )
     raise BadRecord(f"'{field}' not a string", f"'{field}' is {json_type(value)}, not a string")
+
+
+def take_category(record: dict[str, Any]) -> str:
+    """The string in `category`, where it is optional; raises `BadRecord` when it is something else."""
+    is_given = record.get("category") is not None  # exports write null for what is not there
+    return take_string(record, "category") if is_given else DEFAULT_CATEGORY
 
 
 def _field_names(record: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ def preparation_parser(
     add_settings(parser, records, TITLES[records])
     add_settings(parser, WorkerSettings, "workers")
     parser.add_check(lambda parsed: find_conflicts(read_settings(PathSettings, parsed)))
+    parser.add_check(lambda parsed: find_record_conflicts(read_settings(records, parsed)))
     return parser
 
 
@@ -47,6 +48,13 @@ def parse_settings(
         rows=read_settings(RowSettings, parsed),
         workers=read_settings(WorkerSettings, parsed),
     )
+
+
+def find_record_conflicts(records: PretrainSettings | SftSettings) -> list[str]:
+    """Two templates at once."""
+    if isinstance(records, SftSettings) and records.chat_template and records.template != "colossal":
+        return [f"--template {records.template}: has no effect with --chat_template; leave one of them out"]
+    return []
 
 
 def find_conflicts(paths: PathSettings) -> list[str]:

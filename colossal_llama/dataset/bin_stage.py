@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class BinRun:
         kind: of the data set, for `prepared.json`.
         end_of_turn_ids: what ends an answer, where that is known.
         splice: pack several documents into a row.
+        template: what `prepared.json` says of it, None where there is none.
         new_rows: ids that the tokenizer's extension added.
     """
 
@@ -38,6 +40,7 @@ class BinRun:
     tokenizer: TokenizerInfo
     end_of_turn_ids: tuple[int, ...]
     splice: bool
+    template: dict[str, Any] | None = None
     new_rows: range = range(0)
 
 
@@ -134,6 +137,7 @@ def write_bins(
             tokenizer_fingerprint=run.tokenizer.fingerprint,
             vocab_size=run.tokenizer.vocab_size,
             end_of_turn_ids=run.end_of_turn_ids,
+            template=run.template,
             new_rows=(run.new_rows.start, run.new_rows.stop),
         )
         for index in range(num_bins)

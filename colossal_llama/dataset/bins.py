@@ -40,6 +40,7 @@ from colossal_llama.utils.files import (
 
 PREPARED_FORMAT = 1
 END_IDS_KEY = "end_of_turn_ids"  # of `prepared.json`
+TEMPLATE_KEY = "template"
 ARROW_FILE = "data-00000-of-00001.arrow"
 BATCH_TOKENS = 1 << 20
 BATCH_ROWS = 1000
@@ -58,9 +59,9 @@ class BinTask:
     """Pack and write one bin: pieces `first_piece` … `end_piece` of the plan. Paths are absolute.
 
     `run_file` says which run owns the output: `run_id` is this one's. `end_of_turn_ids`: what ends an answer,
-    where that is known. `new_rows`: first and end of the ids that the tokenizer's extension added.
-    `records_file`: of a part that is held out, names the files of its records; they become `jsonl_path`
-    in place of its rows.
+    where that is known. `template`: for `prepared.json`, see `CarriedTemplate`. `new_rows`: first and end of
+    the ids that the tokenizer's extension added. `records_file`: of a part that is held out, names the files
+    of its records; they become `jsonl_path` in place of its rows.
     """
 
     index: int
@@ -81,6 +82,7 @@ class BinTask:
     tokenizer_fingerprint: str
     vocab_size: int
     end_of_turn_ids: tuple[int, ...] = ()
+    template: dict[str, Any] | None = None
     new_rows: tuple[int, int] = (0, 0)
     records_file: str = ""
 
@@ -368,6 +370,7 @@ def _write_description(directory: Path, task: BinTask, counts: BinCounts, digest
             "num_rows": counts.rows,
             "num_tokens": counts.tokens,
             **({END_IDS_KEY: list(task.end_of_turn_ids)} if task.end_of_turn_ids else {}),
+            **({TEMPLATE_KEY: task.template} if task.template else {}),
         },
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from colossal_llama.conversation.formats import FORMATS
 from colossal_llama.corpus.jsonl import Shard
 from colossal_llama.dataset.encoders.base import EncoderSpec
 from colossal_llama.dataset.shards import (
@@ -34,6 +35,29 @@ class EncodedShards:
     def count_bad_records(self) -> Counter[str]:
         """Number of bad records by what is wrong with them."""
         return sum((summary.bad_records for summary in self.summaries), Counter())
+
+    def count_formats(self) -> dict[str, int]:
+        """Number of files by the format of their records; `UserError` for a file that mixes them."""
+        first: dict[str, tuple[str, int]] = {}
+        problems = []
+        for (path, lines_before), summary in zip(self.places(), self.summaries, strict=True):
+            for name, line in sorted(summary.formats.items(), key=lambda item: item[1]):
+                found, found_line = first.setdefault(path, (name, lines_before + line))
+                if name != found and name in FORMATS:
+                    problems.append(
+                        f"{path}:{lines_before + line}: a record in the format {FORMATS[name].title}, though "
+                        f"line {found_line} is in {FORMATS[found].title}; give each format files of its own"
+                    )
+        if problems:
+            raise UserError(cap_problems(problems, total=len(problems)))
+        return dict(sorted(Counter(name for name, _ in first.values()).items()))
+
+    def places(self) -> Iterator[tuple[str, int]]:
+        """The file of each shard, and the number of lines in it before the shard."""
+        lines_before: Counter[str] = Counter()
+        for task, summary in zip(self.tasks, self.summaries, strict=True):
+            yield task.shard.path, lines_before[task.shard.path]
+            lines_before[task.shard.path] += summary.num_lines
 
     def count(self, num_input_dirs: int, held_out: bool = False) -> DocumentCounts:
         """Counts of the documents that are held out, or of all others."""
@@ -104,15 +128,12 @@ def check_bad_records(encoded: EncodedShards, skip_bad_records: bool) -> None:
 def _list_bad_records(encoded: EncodedShards) -> Iterator[str]:
     """The first bad records as `file:line: what is wrong`."""
     num_listed = 0
-    lines_before: Counter[str] = Counter()
-    for task, summary in zip(encoded.tasks, encoded.summaries, strict=True):
-        path = task.shard.path
+    for (path, lines_before), summary in zip(encoded.places(), encoded.summaries, strict=True):
         for line, what in summary.listed_bad_records:
             if num_listed == MAX_LISTED_PROBLEMS:
                 return
             num_listed += 1
-            yield f"{path}:{lines_before[path] + line}: {what}"
-        lines_before[path] += summary.num_lines
+            yield f"{path}:{lines_before + line}: {what}"
 
 
 class _TokenMeter:

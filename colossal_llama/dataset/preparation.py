@@ -75,6 +75,7 @@ def prepare(settings: PreparationSettings) -> None:
             settings.skip_bad_records,
             rows.held_out_share,
         )
+        formats = encoded.count_formats()
         check_bad_records(encoded, settings.skip_bad_records)
         run = BinRun(
             run_key,
@@ -83,8 +84,11 @@ def prepare(settings: PreparationSettings) -> None:
             tokenizer,
             spec.end_of_turn_ids,
             settings.records.splice,
+            None if spec.carried is None else spec.carried.as_json(),
             new_rows,
         )
+        if facts["kind"] == "sft":
+            facts["input_formats"] = formats
         written = write_bins(workers, encoded, output, rows, run)
         stats = _write_statistics(facts, encoded, written, settings, output, new_rows)
         node_table = workers.describe_nodes()
@@ -109,7 +113,7 @@ def _make_spec(settings: PreparationSettings, output: OutputPaths) -> tuple[Enco
     tokenizer = load_tokenizer(settings.paths.tokenizer_dir)
     encoder = find_encoder(settings.records.encoder)
     spec = encoder.make_spec(tokenizer, settings.records, settings.rows.max_length)
-    info = save_tokenizer(tokenizer, output.cache_dir, spec.engine)
+    info = save_tokenizer(tokenizer, output.cache_dir, spec.engine, spec.follows_special_tokens)
     return replace(spec, tokenizer_json=str(info.json_path)), info
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from colossal_llama.conversation import TEMPLATES
 from colossal_llama.corpus.storage import is_url
 from colossal_llama.dataset.encoders import LONG_DOCUMENTS
 from colossal_llama.utils.arguments import (
@@ -42,8 +43,8 @@ class PathSettings:
 
     data_input_dirs: list[Path | str] = flag(
         None,
-        "comma list of directories with *.jsonl, *.jsonl.gz or *.jsonl.zst files, or URLs of such: s3://, "
-        "gs://, hf://, https://, …",
+        "comma list of directories with *.jsonl, *.jsonl.gz, *.jsonl.zst or *.parquet files, or URLs of "
+        "such: s3://, gs://, hf://, https://, …",
         type=_input_list,
         required=True,
     )
@@ -140,16 +141,31 @@ class PretrainSettings:
         "documents longer than --max_length: spread over several rows, or cut off",
         choices=tuple(LONG_DOCUMENTS),
     )
+    text_field: str = flag(
+        "",
+        "the field that holds a record's text, all of which has loss; `category` is optional then "
+        "(default: records with source, target and category)",
+        type=str,
+    )
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": "pretrain", "long_documents": self.long_documents}
+        facts = {"kind": "pretrain", "long_documents": self.long_documents}
+        return {**facts, "text_field": self.text_field} if self.text_field else facts
 
 
 @dataclass(frozen=True)
 class SftSettings:
     """Conversations for supervised fine-tuning."""
 
-    llama_version: int = flag(3, "turns end with </s> (2) or <|eot_id|> (3)", type=int, choices=(2, 3))
+    llama_version: int = flag(
+        3, "turns end with </s> (2) or <|eot_id|> (3); with --template colossal", type=int, choices=(2, 3)
+    )
+    template: str = flag(
+        "colossal",
+        "form of the conversations: this suite's, or Meta's own of LLaMA-2 ([INST]) or LLaMA-3 (headers); "
+        "training writes it into the model's tokenizer_config.json",
+        choices=tuple(name for name in TEMPLATES if name != "tokenizer"),
+    )
     splice: bool = flag(False, "pack several conversations into a row; off: one each")
     chat_template: bool = flag(False, "use the tokenizer's own chat template instead of the built-in one")
 
@@ -157,14 +173,11 @@ class SftSettings:
     def encoder(self) -> str:
         return "chat_template" if self.chat_template else "sft"
 
-    @property
-    def template(self) -> str:
-        """A name in `TEMPLATES`."""
-        return "tokenizer" if self.chat_template else "colossal"
-
     def facts(self) -> dict[str, Any]:
-        template = "tokenizer" if self.chat_template else f"llama{self.llama_version}"
-        return {"kind": "sft", "template": template, "splice": self.splice}
+        facts = {"kind": "sft", "template": "tokenizer" if self.chat_template else self.template}
+        if facts["template"] == "colossal":
+            facts["llama_version"] = self.llama_version
+        return {**facts, "splice": self.splice}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
-from colossal_llama.corpus.jsonl import Shard, read_lines
+from colossal_llama.corpus.jsonl import Shard, read_records
 from colossal_llama.corpus.records import BadRecord, parse_object
 from colossal_llama.dataset.encoders import load_encoder
 from colossal_llama.dataset.encoders.base import EncoderSpec, RecordEncoder
@@ -91,6 +91,7 @@ class ShardSummary:
     bad_records: Counter[str] = field(default_factory=Counter)
     listed_bad_records: list[tuple[int, str]] = field(default_factory=list)  # line within the shard, from 1
     categories: dict[str, Counts] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)  # of records -> line of the first, within the shard
     held_out: dict[str, Counts] = field(default_factory=dict)
     held_out_bytes: int = 0  # of their records as JSONL
 
@@ -169,6 +170,7 @@ def read_summary(task: ShardTask) -> ShardSummary:
         value = json.loads(arrays["summary"].tobytes())
     value["bad_records"] = Counter(value["bad_records"])
     value["listed_bad_records"] = [(line, what) for line, what in value["listed_bad_records"]]
+    value.setdefault("formats", {"messages": 1})  # earlier versions knew no other
     for side in ("categories", "held_out"):
         value[side] = {name: Counts.from_json(c) for name, c in value.get(side, {}).items()}
     return ShardSummary(**value)
@@ -222,17 +224,20 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
 def _read_batches(shard: Shard, encoder: RecordEncoder, summary: ShardSummary) -> Iterator[list[Any]]:
     batch: list[Any] = []
     num_characters = 0
-    for line in read_lines(shard):
+    for line in read_records(shard, encoder.fields):
         summary.num_lines += 1
-        if not line.strip():  # also what is left of a file that holds nothing but a byte order mark
+        is_row = isinstance(line, dict)
+        if not is_row and not line.strip():  # also what is left of a file that holds only a byte order mark
             continue
         try:
-            record = encoder.parse(parse_object(line))
+            record = encoder.parse(line if is_row else parse_object(line))
         except BadRecord as bad:
             summary.bad_records[bad.kind] += 1
             if len(summary.listed_bad_records) < MAX_LISTED_PROBLEMS:
                 summary.listed_bad_records.append((summary.num_lines, str(bad)))
             continue
+        if record.format not in summary.formats:
+            summary.formats[record.format] = summary.num_lines
         batch.append(record)
         num_characters += record.num_characters
         if num_characters >= BATCH_CHARACTERS or len(batch) >= BATCH_RECORDS:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from colossal_llama.conversation.stretches import follow_special_tokens
 from colossal_llama.dataset.engines import load_engine
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.tokenizer.tokenizer_files import check_settings
@@ -49,11 +50,22 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, cache_dir: Path, engine_name: str) -> TokenizerInfo:
-    """Serialises the Rust tokenizer for the workers, under a name that stands for its content."""
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: Path,
+    engine_name: str,
+    follows_special_tokens: bool = False,
+) -> TokenizerInfo:
+    """Serialises the Rust tokenizer for the workers, under a name that stands for its content.
+
+    Args:
+        follows_special_tokens: whether every text that is encoded stands behind a special token.
+    """
     directory = cache_dir / "tokenizer"
     directory.mkdir(parents=True, exist_ok=True)
     text = tokenizer.backend_tokenizer.to_str()
+    if follows_special_tokens:
+        text = follow_special_tokens(text)
     path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     for other in directory.iterdir():
         if TOKENIZER_NAME.fullmatch(other.name):

@@ -34,7 +34,7 @@ def load_and_answer(settings: InferenceSettings, prompts: Sequence[str]) -> None
     loaded = load_model(settings.model)
     note(f"{settings.model.model_path}: {loaded.describe()}")
     style = choose_prompt_style(
-        loaded.tokenizer, asked.prompt_style, asked.llama_version, asked.chat_template
+        loaded.tokenizer, asked.prompt_style, asked.llama_version, asked.chat_template, asked.template
     )
     generator = AnswerGenerator(
         loaded, style.end_ids, limits.max_new_tokens, limits.sampling, keep_cache=asked.chat

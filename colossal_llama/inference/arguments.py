@@ -38,7 +38,7 @@ def _read(parsed: argparse.Namespace) -> InferenceSettings:
 def find_conflicts(settings: InferenceSettings) -> list[str]:
     """Contradictions between arguments, each with its remedy; all of them at once."""
     prompts, answer = settings.prompts, settings.answer
-    version = f"--llama_version {prompts.llama_version}"
+    version, template = f"--llama_version {prompts.llama_version}", f"--template {prompts.template}"
     problems = []
     given = _given(
         ("--input_txt", prompts.input_txt is not None),
@@ -58,10 +58,18 @@ def find_conflicts(settings: InferenceSettings) -> list[str]:
                 ("--chat", prompts.chat),
                 ("--chat_template", prompts.chat_template),
                 (version, prompts.llama_version is not None),
+                (template, prompts.template is not None),
             )
         ]
-    if prompts.chat_template and prompts.llama_version is not None:
-        problems.append(f"{version}: has no effect with --chat_template; leave it out")
+    if prompts.chat_template:
+        problems += [
+            f"{flag}: has no effect with --chat_template; leave it out"
+            for flag in _given(
+                (version, prompts.llama_version is not None), (template, prompts.template is not None)
+            )
+        ]
+    if prompts.template not in (None, "colossal") and prompts.llama_version is not None:
+        problems.append(f"{version}: has no effect with {template}; leave it out")
     if answer.do_sample and answer.temperature < MIN_TEMPERATURE:
         problems.append(
             f"--temperature {answer.temperature:g}: sampling needs {MIN_TEMPERATURE:g} or more; "

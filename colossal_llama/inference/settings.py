@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from colossal_llama.conversation import TEMPLATES
 from colossal_llama.utils.arguments import non_negative_int, number, positive_int
 from colossal_llama.utils.settings import flag
 
@@ -132,9 +133,16 @@ class PromptSettings:
     )
     llama_version: int | None = flag(
         None,
-        "turns end with </s> (2) or <|eot_id|> (3) (default: 3 if the tokenizer has <|eot_id|>, else 2)",
+        "turns end with </s> (2) or <|eot_id|> (3); means --template colossal (default: as training has "
+        "written it, else 3 if the tokenizer has <|eot_id|>, else 2)",
         type=int,
         choices=(2, 3),
+    )
+    template: str | None = flag(
+        None,
+        "form of the conversation (default: the one that training has written beside the tokenizer, else "
+        "colossal)",
+        choices=tuple(name for name in TEMPLATES if name != "tokenizer"),
     )
     chat_template: bool = flag(False, "use the tokenizer's own chat template instead of the built-in one")
 

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from colossal_llama.corpus.jsonl import find_input_files, make_shards, read_lines
+from colossal_llama.corpus.jsonl import find_input_files, make_shards, read_records
 from colossal_llama.corpus.records import BadRecord, parse_object, take_string
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.messages import MAX_LISTED_PROBLEMS
@@ -24,12 +24,13 @@ def read_samples(directories: list[Path]) -> Iterator[str]:
     for path, parts in groupby(shards, key=lambda shard: shard.path):
         number = 0
         for shard in parts:
-            for line in read_lines(shard):
+            for line in read_records(shard):
                 number += 1
-                if not line.strip():
+                is_row = isinstance(line, dict)
+                if not is_row and not line.strip():
                     continue
                 try:
-                    yield text_of(parse_object(line))
+                    yield text_of(line if is_row else parse_object(line))
                 except BadRecord as error:
                     problems.append(f"{path}:{number}: {error}")
                     if len(problems) == MAX_LISTED_PROBLEMS:

@@ -28,12 +28,13 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 # tokenizer through every stage.
 REPORT_FILE = "vocabulary_extension.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
+TEMPLATE_FILE = "chat_template.jinja"
 # What does not depend on the vocabulary, so an extended tokenizer has the source's.
 SETTINGS_FILES = (
     CONFIG_FILE,
     SPECIAL_TOKENS_FILE,
     ADDED_TOKENS_FILE,
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "chat_template.json",
 )
 TEMPLATES_DIRECTORY = "additional_chat_templates"
@@ -243,6 +244,22 @@ def read_tokenizer_contents(directory: Path) -> dict[str, bytes]:
         if files.has_harmful_null_prefix:
             contents[CONFIG_FILE] = files.config_without_prefix_setting()
     return contents
+
+
+def with_chat_template(contents: Mapping[str, bytes], chat_template: str) -> dict[str, bytes]:
+    """A tokenizer's files with another chat template: everything else in its configuration stays.
+
+    Files of templates that would be taken in place of it are left out.
+    """
+    kept = {
+        name: content
+        for name, content in contents.items()
+        if name != TEMPLATE_FILE and not name.startswith(f"{TEMPLATES_DIRECTORY}/")
+    }
+    config = json.loads(kept.get(CONFIG_FILE, b"{}")) | {"chat_template": chat_template}
+    # Not by orjson: see `config_without_prefix_setting`.
+    kept[CONFIG_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return kept
 
 
 def is_extension(directory: Path) -> bool:

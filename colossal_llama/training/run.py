@@ -36,6 +36,7 @@ from colossal_llama.training.costs import estimate_cost, format_cost
 from colossal_llama.training.data.answer_ends import find_answer_ends
 from colossal_llama.training.data.prepared_rows import PreparedDataset, sum_lengths
 from colossal_llama.training.data.rows import RowDataset
+from colossal_llama.training.data.templates import DataTemplate, find_data_template
 from colossal_llama.training.extension_report import report_extension
 from colossal_llama.training.inputs import Inputs, open_inputs
 from colossal_llama.training.llama.adapters import add_lora, freeze_all_but_embeddings, is_embedding
@@ -223,8 +224,9 @@ class Run:
         """
         data, inputs = self.settings.data, self.inputs
         assert inputs.tokenizer is not None
-        ends = None
+        ends, template = None, DataTemplate()
         if isinstance(inputs.dataset, PreparedDataset):
+            template = find_data_template(inputs.dataset)
             ends = find_answer_ends(inputs.dataset, inputs.tokenizer)
         if ends == []:
             warn(
@@ -240,11 +242,14 @@ class Run:
             self.plugin.parameter_dtype,
             inputs.tokenizer,
             ends,
+            template.carried,
             self.settings.adaptation.lora_rank,
             data.trust_remote_code,
         )
         for note in files.notes:
             warn(note)
+        if isinstance(inputs.dataset, PreparedDataset):
+            _report_template(template)
         return files
 
     # ------------------------------------------------------------------ the beginning
@@ -451,6 +456,20 @@ class Run:
             )
         )
         return completed
+
+
+def _report_template(template: DataTemplate) -> None:
+    """Says which chat template the saved model has."""
+    carried = template.carried
+    if carried is None or carried.text is None:
+        log(f"Chat template: that of --pretrained, if it has one ({template.explain_kept()})")
+        return
+    log(f"Chat template: {carried.name}, as in the data; written into the model's tokenizer_config.json")
+    if template.unnamed is not None:
+        warn(
+            f"--dataset {template.unnamed}: names no template (prepared by an earlier version?); the model "
+            f"gets {carried.name}, of {template.part}"
+        )
 
 
 def _absolute(path: Path | None) -> str | None:

@@ -112,6 +112,7 @@ UNPARSED = {
     "sbatch",
     "ssh-copy-id",
     "ssh-keygen",
+    "curl",
     "vllm",
     "uv",
     "echo",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from colossal_llama.dataset.settings import RecordSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from colossal_llama.conversation.binding import BoundForm
+    from colossal_llama.conversation.carried import CarriedTemplate
     from colossal_llama.conversation.jinja import TemplateTokens
 
 # What could be chosen when the names of cached shards were fixed: left out of them, so that they stay valid.
@@ -21,6 +23,8 @@ UNNAMED_CHOICES = {
     "conversation_template": ("colossal",),
     "long_documents": ("chunk", "truncate"),  # named as `truncate`
     "engine": ("tokenizers",),
+    "text_field": ("",),
+    "bound_form": (None,),
 }
 
 
@@ -37,6 +41,9 @@ class EncoderSpec:
         conversation_template: a name in `TEMPLATES` (sft).
         template, template_tokens: the tokenizer's own chat template, and its special tokens by name.
         engine: what encodes texts, a name in `ENGINES`.
+        text_field: the field that a record's text is in, "" for `source` and `target` (pretrain).
+        bound_form: the template for the tokenizer (sft).
+        carried: what the parts say of their template; encodes nothing.
     """
 
     kind: str
@@ -49,6 +56,14 @@ class EncoderSpec:
     template: str = ""
     template_tokens: TemplateTokens = ()
     engine: str = "tokenizers"
+    text_field: str = ""
+    bound_form: BoundForm | None = None
+    carried: CarriedTemplate | None = None
+
+    @property
+    def follows_special_tokens(self) -> bool:
+        """Whether each text that is encoded stands behind a special token."""
+        return self.bound_form is not None and self.bound_form.is_writable
 
     @property
     def end_of_turn_ids(self) -> tuple[int, ...]:
@@ -58,10 +73,12 @@ class EncoderSpec:
     def as_key(self) -> dict[str, Any]:
         """What the encoding depends on: a tokenizer's content, wherever it is."""
         key = {
-            **asdict(self),
+            **asdict(replace(self, bound_form=None, carried=None)),
+            "bound_form": None if self.bound_form is None else self.bound_form.as_key(),
             "tokenizer_json": Path(self.tokenizer_json).name,
             "truncate": self.long_documents == "truncate",
         }
+        del key["carried"]
         return {name: value for name, value in key.items() if value not in UNNAMED_CHOICES.get(name, ())}
 
 
@@ -90,6 +107,10 @@ class Record(Protocol):
     def num_characters(self) -> int: ...
 
     @property
+    def format(self) -> str:
+        """The input format that it came in."""
+
+    @property
     def text(self) -> str:
         """All of its text; records with equal texts are held out together."""
 
@@ -99,6 +120,8 @@ class Record(Protocol):
 
 class RecordEncoder(Protocol):
     """One kind of data set: how its records are read and encoded."""
+
+    fields: ClassVar[tuple[str, ...]]  # of a record, those that are read
 
     def __init__(self, spec: EncoderSpec) -> None: ...
 

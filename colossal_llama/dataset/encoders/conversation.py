@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from colossal_llama.conversation import find_template
-from colossal_llama.conversation.template import EncodedTurns, SpecialTokens
+from colossal_llama.conversation.carried import CarriedTemplate
+from colossal_llama.conversation.special_strings import NOTE, SpecialStrings
+from colossal_llama.conversation.template import EncodedTurns
 from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome
 from colossal_llama.dataset.encoders.conversation_records import (
+    CONVERSATION_FIELDS,
     ConversationRecord,
     describe_conversation,
     parse_conversation,
 )
 from colossal_llama.dataset.engines import load_engine
 from colossal_llama.dataset.settings import SftSettings
+from colossal_llama.dataset.template_report import report_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,36 +29,52 @@ if TYPE_CHECKING:
 class ConversationEncoder:
     """Conversations in the template that the spec names."""
 
+    fields = CONVERSATION_FIELDS
+
     def __init__(self, spec: EncoderSpec) -> None:
+        assert spec.bound_form is not None
         self.max_length = spec.max_length
         engine = load_engine(spec.engine, spec.tokenizer_json)
         template = find_template(spec.conversation_template)
-        self.template = template(SpecialTokens(spec.bos_id, spec.end_id), engine.encode)
+        self.template = template(spec.bound_form, engine.encode, engine.encode_with_offsets)
+        self.special_strings = SpecialStrings(spec.bound_form.special_tokens)
 
     @classmethod
     def make_spec(
         cls, tokenizer: PreTrainedTokenizerFast, settings: SftSettings, max_length: int
     ) -> EncoderSpec:
-        """The template's special tokens are looked up in the tokenizer."""
-        template = find_template(settings.template)
-        special = template.of_tokenizer(tokenizer, settings.llama_version).special
+        """The template's special tokens are looked up in the tokenizer, which is tried out."""
+        template = find_template(settings.template).of_tokenizer(tokenizer, settings.llama_version)
+        report_template(template, tokenizer)
         return EncoderSpec(
             "sft",
-            special.bos_id,
-            special.end_of_turn_id,
+            tokenizer.bos_token_id,
+            template.end_id,
             max_length,
             conversation_template=settings.template,
+            bound_form=template.bound,
+            carried=CarriedTemplate.of_template(template),
         )
 
     def parse(self, value: dict[str, Any]) -> ConversationRecord:
         return parse_conversation(value)
 
     def encode(self, records: Sequence[ConversationRecord]) -> list[Outcome]:
-        encoded = self.template.encode_conversations([record.messages for record in records])
-        return [
-            keep_whole_turns(record, turns, self.max_length)
-            for record, turns in zip(records, encoded, strict=True)
-        ]
+        outcomes: list[Outcome | None] = [self._refuse(record) for record in records]
+        places = [place for place, outcome in enumerate(outcomes) if outcome is None]
+        encoded = self.template.encode_conversations([records[place].messages for place in places])
+        for place, turns in zip(places, encoded, strict=True):
+            outcomes[place] = outcome = keep_whole_turns(records[place], turns, self.max_length)
+            if self.special_strings.are_in(records[place].messages):
+                outcome.notes.append(NOTE)
+        return outcomes  # type: ignore[return-value]
+
+    def _refuse(self, record: ConversationRecord) -> Outcome | None:
+        """The outcome for a conversation that the template has no place for."""
+        reason = self.template.form.find_refusal(record.messages)
+        if reason is None:
+            return None
+        return Outcome(0, reason=reason, notes=describe_conversation(record.messages))
 
 
 def keep_whole_turns(record: ConversationRecord, turns: EncodedTurns, max_length: int) -> Outcome:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from colossal_llama.conversation.messages import Message, parse_messages
-from colossal_llama.corpus.records import take_string
+from colossal_llama.conversation.formats import FORMATS, find_format
+from colossal_llama.conversation.messages import Message
+from colossal_llama.corpus.records import take_category
 
-DEFAULT_CATEGORY = "unknown"
+# All that a format may read of a record.
+CONVERSATION_FIELDS = ("category", *dict.fromkeys(name for form in FORMATS.values() for name in form.fields))
 
 
 @dataclass(frozen=True)
 class ConversationRecord:
+    """`format`: the input format that it came in, a name in `FORMATS`."""
+
     messages: list[Message]
     category: str
+    format: str = field(default="messages", kw_only=True)
 
     @property
     def num_characters(self) -> int:
@@ -32,10 +37,10 @@ class ConversationRecord:
 
 
 def parse_conversation(value: dict[str, Any]) -> ConversationRecord:
-    """`{"messages": [{"from", "content"}, …]}`; `category` is optional. Raises `BadRecord`."""
-    is_given = value.get("category") is not None  # exports write null for what is not there
-    category = take_string(value, "category") if is_given else DEFAULT_CATEGORY
-    return ConversationRecord(parse_messages(value), category)
+    """A record in one of `FORMATS`; `category` is optional. Raises `BadRecord`."""
+    category = take_category(value)
+    name = find_format(value)
+    return ConversationRecord(FORMATS[name].parse(value), category, format=name)
 
 
 def describe_conversation(messages: Sequence[Message]) -> list[str]:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from colossal_llama.conversation.carried import CarriedTemplate
 from colossal_llama.conversation.jinja import REFUSED, JinjaTemplate, Refused, Rendered
+from colossal_llama.conversation.special_strings import NOTE
 from colossal_llama.corpus.records import BadRecord
 from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome
 from colossal_llama.dataset.encoders.conversation_records import (
+    CONVERSATION_FIELDS,
     ConversationRecord,
     describe_conversation,
     parse_conversation,
@@ -42,6 +45,8 @@ class TemplatedRecord(ConversationRecord):
 class ChatTemplateEncoder:
     """Conversations in the tokenizer's template; whole turns up to `max_length`."""
 
+    fields = CONVERSATION_FIELDS
+
     def __init__(self, spec: EncoderSpec) -> None:
         from transformers import PreTrainedTokenizerFast
 
@@ -65,6 +70,7 @@ class ChatTemplateEncoder:
             max_length,
             template=template.template,
             template_tokens=template.tokens(),
+            carried=CarriedTemplate("tokenizer"),
         )
 
     def parse(self, value: dict[str, Any]) -> TemplatedRecord:
@@ -81,7 +87,7 @@ class ChatTemplateEncoder:
                 full = self.template.render(messages, with_spans=False)
         except Refused:
             full = None
-        return TemplatedRecord(messages, record.category, ends, full, up_to_answer)
+        return TemplatedRecord(messages, record.category, ends, full, up_to_answer, format=record.format)
 
     def encode(self, records: Sequence[TemplatedRecord]) -> list[Outcome]:
         encoded = iter(
@@ -99,7 +105,7 @@ class ChatTemplateEncoder:
         """`stored`: the conversation up to its last answer, or all of it when there is none."""
         notes = describe_conversation(record.messages)
         if record.full.is_renamed:
-            notes.append("special token's string as text")
+            notes.append(NOTE)
         if record.up_to_answer is None:
             return Outcome(len(stored), [], {"no answer": len(stored)}, "no answer", notes)
         num_tokens = num_up_to_answer = len(stored)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from colossal_llama.corpus.records import take_string
+from colossal_llama.corpus.records import take_category, take_string
 from colossal_llama.dataset.encoders import find_policy
 from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome
 from colossal_llama.dataset.engines import OffsetEncoding, load_engine
@@ -23,6 +23,7 @@ class PretrainRecord:
     source: str
     target: str
     category: str
+    format: ClassVar[str] = "pretrain"
 
     @property
     def num_characters(self) -> int:
@@ -43,6 +44,8 @@ class PretrainEncoder:
         self.spec = spec
         self.engine = load_engine(spec.engine, spec.tokenizer_json)
         self.fit = find_policy(spec.long_documents)
+        text_field = spec.text_field
+        self.fields = (text_field, "category") if text_field else ("source", "target", "category")
 
     @classmethod
     def make_spec(
@@ -55,9 +58,12 @@ class PretrainEncoder:
             tokenizer.eos_token_id,
             max_length,
             long_documents=settings.long_documents,
+            text_field=settings.text_field,
         )
 
     def parse(self, value: dict[str, Any]) -> PretrainRecord:
+        if self.spec.text_field:
+            return PretrainRecord("", take_string(value, self.spec.text_field), take_category(value))
         return PretrainRecord(
             take_string(value, "source"), take_string(value, "target"), take_string(value, "category")
         )

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colossal_llama.conversation.carried import CarriedTemplate
 from colossal_llama.model.model_config import CONFIG_FILE, GENERATION_CONFIG_FILE
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.tokenizer.loading import load_pretrained_tokenizer
-from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE, read_tokenizer_contents
+from colossal_llama.tokenizer.tokenizer_files import (
+    REPORT_FILE,
+    read_tokenizer_contents,
+    with_chat_template,
+)
 from colossal_llama.training.checkpoint.generation_files import (
     add_end_token_ids,
     load_generation_config,
@@ -58,6 +63,7 @@ def prepare_model_files(
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
     answer_ends: Sequence[int] | None = None,
+    template: CarriedTemplate | None = None,
     lora_rank: int = 0,
     trust_remote_code: bool = False,
 ) -> ModelFiles:
@@ -69,6 +75,7 @@ def prepare_model_files(
         flag: the argument that named `weights`, for messages.
         dtype: of the saved weights.
         answer_ends: tokens that end an answer in the data; None where it is for pre-training.
+        template: of the data, for the tokenizer's configuration; None: the source's chat template stays.
 
     Raises:
         UserError: a file can't be saved, or would load as something else; it is named.
@@ -84,6 +91,8 @@ def prepare_model_files(
     # Where it is stated, transformers does not choose the attention by itself, and takes the slow one.
     vars(saved_config).pop("_attn_implementation_autoset", None)
     tokenizer_files = _read_tokenizer(pretrained)
+    if template is not None and template.text is not None:
+        tokenizer_files = with_chat_template(tokenizer_files, template.text)
     with tempfile.TemporaryDirectory(prefix="colossal-llama-") as temporary:
         # The name that remote code gets in transformers' cache of modules.
         directory = Path(temporary) / "modeling"
@@ -93,7 +102,7 @@ def prepare_model_files(
         for name, content in tokenizer_files.items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
-        _check_tokenizer(tokenizer, directory, f"--pretrained {pretrained}", trust_remote_code)
+        _check_tokenizer(tokenizer, directory, f"--pretrained {pretrained}", trust_remote_code, template)
         if lora_rank:
             _rehearse_adapter_config(lora_rank, Path(temporary) / "adapter")
     beside_adapter = dict(tokenizer_files)
@@ -164,9 +173,13 @@ def _rehearse_adapter_config(rank: int, directory: Path) -> None:
 
 
 def _check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, directory: Path, where: str, trust_remote_code: bool
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    where: str,
+    trust_remote_code: bool,
+    template: CarriedTemplate | None = None,
 ) -> None:
-    """That the copied files are the tokenizer that the run works with."""
+    """That the copied files are the tokenizer that the run works with, and the template is the data's."""
     names = ", ".join(sorted(path.name for path in directory.iterdir() if "token" in path.name))
     copied = load_pretrained_tokenizer(
         directory,
@@ -180,6 +193,15 @@ def _check_tokenizer(
         raise UserError(
             f"{where}: copies of its tokenizer's files ({names}) are another tokenizer than it is itself; "
             "bring all of the tokenizer's files into this directory"
+        )
+    if template is None or template.text is None:
+        return
+    if copied.chat_template != template.text:
+        raise UserError(f"{where}: its tokenizer can't be given the chat template of the data")
+    if not template.fits(copied):
+        raise UserError(
+            f"{where}: its tokenizer splits conversations otherwise than the one that prepared the data; "
+            "prepare the data with --tokenizer_dir set to the model's directory"
         )
 
 

@@ -141,7 +141,7 @@ def test_a_directory_below_that_holds_input(tmp_path: Path) -> None:
 def test_input_below_is_read_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the order of the paths; nothing twice, and everything else by name."""
     write_tree(tmp_path, "in/b.jsonl", "in/a/z.jsonl", "in/a/c/y.jsonl", "in/a-b.jsonl", "in/a/c/n.txt")
-    write_tree(tmp_path, "in/.git/x.jsonl", "in/own/w.jsonl", "elsewhere/v.jsonl", "in/p.parquet")
+    write_tree(tmp_path, "in/.git/x.jsonl", "in/own/w.jsonl", "elsewhere/v.jsonl", "in/p.csv")
     write_tree(tmp_path, "in/out/jsonl/part-00000.jsonl", "in/out/stats.json")
     (tmp_path / "in" / "e").mkdir()
     (tmp_path / "in" / "empty.jsonl").touch()
@@ -157,10 +157,10 @@ def test_input_below_is_read_when_asked(tmp_path: Path, capsys: pytest.CaptureFi
         ["own/w.jsonl"],
     ]
     out, err = capsys.readouterr()
-    assert "p.parquet not read" in err
+    assert "p.csv not read" in err
     for named in (
         ".git/ (hidden)",
-        "a/c/n.txt (not *.jsonl, *.jsonl.gz, *.jsonl.zst)",
+        "a/c/n.txt (not *.jsonl, *.jsonl.gz, *.jsonl.zst, *.parquet)",
         "a/loop/ (the same directory as a/)",
         "e/, empty.jsonl (empty)",
         "gone (a link to nowhere, which is not there)",

@@ -104,8 +104,8 @@ def test_directories_below_a_url(memory_url: str, capsys: pytest.CaptureFixture[
     ]
     out = capsys.readouterr().out
     assert (
-        "left out: below/c.txt, notes.txt (not *.jsonl, *.jsonl.gz, *.jsonl.zst); below/e.jsonl (empty)"
-        in out
+        "left out: below/c.txt, notes.txt (not *.jsonl, *.jsonl.gz, *.jsonl.zst, *.parquet); "
+        "below/e.jsonl (empty)" in out
     )
     both = jsonl.find_input_files([memory_url, f"{memory_url}/below/"], True)
     assert [len(files) for files in both] == [2, 2]

@@ -17,6 +17,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpus import sample_texts
 from hypothesis import given, settings
@@ -563,6 +565,98 @@ def test_a_directory_without_tokenizer(corpus: list[Path], run: Prepare, tmp_pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--tokenizer_dir .*no tokenizer can be loaded"):
         run(corpus, tokenizer_dir=tmp_path / "empty")
+
+
+def test_text_of_a_named_field_from_parquet_and_jsonl(run: Prepare, tmp_path: Path) -> None:
+    records = [{"text": text, "url": "x"} for text in sample_texts(40, seed=5)]
+    write_records(tmp_path / "jsonl" / "a.jsonl", records)
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "parquet" / "a.parquet", row_group_size=7)
+    write_records(tmp_path / "whole" / "a.jsonl", [as_pretrain_record(record["text"]) for record in records])
+    fields = PretrainSettings(text_field="text")
+    of_jsonl = run([tmp_path / "jsonl"], "a", fields)
+    of_parquet = run([tmp_path / "parquet"], "b", fields)
+    whole = run([tmp_path / "whole"], "c")
+    assert of_jsonl == of_parquet == {**whole, "text_field": "text"}
+    assert read_bytes(tmp_path / "a") == read_bytes(tmp_path / "b")
+    assert read_rows(tmp_path / "a" / "arrow") == read_rows(tmp_path / "c" / "arrow")
+    with pytest.raises(UserError) as caught:
+        run([tmp_path / "parquet"], "d", PretrainSettings(text_field="body"))
+    assert caught.value.problems[0].startswith(f"{tmp_path / 'parquet' / 'a.parquet'}:1: 'body' is missing")
+
+
+def as_pretrain_record(text: str) -> dict[str, str]:
+    return {"source": "", "target": text, "category": "unknown"}
+
+
+def test_a_file_that_mixes_formats_is_an_error_with_its_line(
+    run: Prepare, tmp_path: Path, llama2_tokenizer_dir: Path
+) -> None:
+    own = {"messages": [{"from": "human", "content": "a" * 500}, {"from": "assistant", "content": "b"}]}
+    other = {"instruction": "a", "output": "b"}
+    write_records(tmp_path / "in" / "a.jsonl", [own] * 60)
+    write_records(tmp_path / "in" / "b.jsonl", [other] * 60)
+    stats = run([tmp_path / "in"], records=SftSettings(2))
+    assert stats["input_formats"] == {"alpaca": 1, "messages": 1}
+    path = tmp_path / "in" / "a.jsonl"
+    for line in (2, 55):  # in the first shard, and in a later one
+        records = [own] * 60
+        records[line - 1] = other
+        write_records(path, records)
+        for on_bad_record in ("error", "skip"):
+            with pytest.raises(UserError) as caught:
+                run([tmp_path / "in"], f"out{line}", SftSettings(2), on_bad_record=on_bad_record)
+            assert caught.value.problems[0].startswith(
+                f"{path}:{line}: a record in the format Alpaca's (instruction, output), though line 1 is in"
+            )
+    assert len(jsonl.make_shards([[stat_file(str(path))]])) > 1
+
+
+@pytest.mark.parametrize("template", ["colossal", "llama2"])
+def test_prepared_data_names_its_template(
+    template: str, run: Prepare, tmp_path: Path, llama2_tokenizer_dir: Path
+) -> None:
+    """And says it in Jinja: the rows are what `apply_chat_template` makes."""
+    said = [" a", "b\n", "c </s>", ""]
+    talks = [[("human", said[i % 4]), ("assistant", "yes" * (i % 3 + 1))] for i in range(8)]
+    talks.append([("assistant", "x"), ("human", "y"), ("assistant", "z")])
+    records = [{"messages": [{"from": role, "content": text} for role, text in talk]} for talk in talks]
+    write_records(tmp_path / "in" / "a.jsonl", records)
+    stats = run([tmp_path / "in"], records=SftSettings(2, template), num_spliced_dataset_bins=1)
+    assert stats["template"] == template
+    assert stats["total"]["notes"]["special token's string as text"] == 2
+    dropped = {} if template == "colossal" else {"human and assistant do not take turns": 1}
+    assert stats["records"]["dropped"] == dropped
+    part = tmp_path / "out" / "arrow" / "part-00000"
+    carried = json.loads((part / "prepared.json").read_text())["template"]
+    assert carried["name"] == template
+    tokenizer = AutoTokenizer.from_pretrained(llama2_tokenizer_dir)
+    rows = {tuple(row["input_ids"]) for row in datasets.load_from_disk(str(part))}
+    for talk in talks[: -1 if dropped else None]:
+        chat = [{"role": role.replace("human", "user"), "content": text} for role, text in talk]
+        ids = tokenizer.apply_chat_template(chat, chat_template=carried["chat_template"])
+        assert (tuple(ids) in rows) == ("</s>" not in "".join(text for _, text in talk))
+
+
+def test_a_tokenizer_that_finds_no_special_tokens_in_a_text(
+    run: Prepare, tmp_path: Path, llama2_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(llama2_tokenizer_dir)
+    tokenizer.save_pretrained(directory)
+    for name, value in (("tokenizer.json", {}), ("tokenizer_config.json", {"split_special_tokens": True})):
+        content = json.loads((directory / name).read_text())
+        content.pop("add_prefix_space", None)
+        (directory / name).write_text(json.dumps(content | value))
+    messages = [{"from": "human", "content": " a"}, {"from": "assistant", "content": "b"}]
+    write_records(tmp_path / "in" / "a.jsonl", [{"messages": messages}])
+    options = {"records": SftSettings(2), "num_spliced_dataset_bins": 1}
+    run([tmp_path / "in"], "a", **options)
+    run([tmp_path / "in"], "b", **options, tokenizer_dir=directory)
+    assert "no chat template can make the rows with this tokenizer" in capsys.readouterr().err
+    assert read_rows(tmp_path / "a" / "arrow") == read_rows(tmp_path / "b" / "arrow")
+    prepared = json.loads((tmp_path / "b" / "arrow" / "part-00000" / "prepared.json").read_text())
+    assert prepared["template"] == {"name": "colossal"}
 
 
 SHARE = 0.25

@@ -23,7 +23,12 @@ def test_the_defaults_of_the_flags_are_those_of_the_settings(tmp_path: Path) -> 
     )
     assert settings.paths.arrow_dir == tmp_path / "out" / "arrow"
     assert not settings.skip_bad_records
-    assert settings.records.facts() == {"kind": "sft", "template": "llama3", "splice": False}
+    assert settings.records.facts() == {
+        "kind": "sft",
+        "template": "colossal",
+        "llama_version": 3,
+        "splice": False,
+    }
     flags += ["--chat_template", "--on_bad_record", "skip", "--data_arrow_output_dir", str(tmp_path / "x")]
     settings = parse_settings(parser, SftSettings, flags)
     assert settings.skip_bad_records

@@ -31,6 +31,7 @@ def test_defaults() -> None:
         "chat": False,
         "prompt_style": "sft",
         "llama_version": None,
+        "template": None,
         "chat_template": False,
         "max_new_tokens": 512,
         "do_sample": True,

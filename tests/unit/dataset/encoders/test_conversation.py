@@ -7,7 +7,7 @@ from encoder_cases import MakeEncoder, check_accounts, encode_slowly, joined, no
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colossal_llama.conversation.colossal import ColossalTemplate
+from colossal_llama.conversation import colossal
 from colossal_llama.conversation.messages import Message
 from colossal_llama.corpus.records import BadRecord
 from colossal_llama.dataset.encoders.conversation_records import ConversationRecord
@@ -18,15 +18,23 @@ def parse_turns(*turns: tuple[str, str]) -> ConversationRecord:
 
 
 def reference_conversation(tokenizer, messages: list[Message]) -> tuple[list[int], list[int], list[int]]:
-    """(input_ids, labels, ends of the turns), segment by segment."""
+    """(input_ids, labels, ends of the turns), each text by itself."""
     input_ids: list[int] = []
     labels: list[int] = []
     ends = []
-    for turn in ColossalTemplate.of_tokenizer(tokenizer).render_turns(messages):
-        for segment in turn:
-            ids = [segment.token_id] if segment.text is None else encode_slowly(tokenizer, segment.text)[0]
-            input_ids += ids
-            labels += ids if segment.has_loss else [-100] * len(ids)
+    bos = tokenizer.bos_token_id
+    end = colossal.find_end_of_turn(tokenizer, colossal.find_llama_version(tokenizer))
+    opening, turns = colossal.DEFAULT_SYSTEM + "\n\n", messages
+    if messages and messages[0].role == "system":
+        content, turns = messages[0].content, messages[1:]
+        opening = content + "\n\n" if content else ""
+    for number, turn in enumerate(turns):
+        header = (opening if number == 0 else "") + turn.role.capitalize() + ": "
+        before = [*([bos] if number == 0 else []), *encode_slowly(tokenizer, header)[0], bos]
+        said = [*encode_slowly(tokenizer, turn.content)[0], end]
+        has_loss = turn.role == "assistant" and turn.content
+        input_ids += before + said
+        labels += [-100] * len(before) + (said if has_loss else [-100] * len(said))
         ends.append(len(input_ids))
     return input_ids, labels, ends
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from colossal_llama.conversation.jinja import ROLE_NAMES, JinjaTemplate, TemplateTokens
-from colossal_llama.conversation.messages import Message
+from colossal_llama.conversation.jinja import JinjaTemplate, TemplateTokens
+from colossal_llama.conversation.messages import ROLE_NAMES, Message
 from colossal_llama.corpus.records import BadRecord
 from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome
 from colossal_llama.dataset.encoders.own_template import ChatTemplateEncoder

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from colossal_llama.conversation import TEMPLATES, find_template
 from colossal_llama.conversation.colossal import ColossalTemplate
+from colossal_llama.conversation.form import CONTENT, Form
 from colossal_llama.conversation.messages import Message
-from colossal_llama.conversation.template import Segment
+from colossal_llama.conversation.stretches import follow_special_tokens
 from colossal_llama.dataset.encoders import ENCODERS, LONG_DOCUMENTS, find_encoder, find_policy, load_encoder
 from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome
 from colossal_llama.dataset.encoders.conversation import ConversationEncoder
@@ -39,9 +40,11 @@ OLD_SPECS = [
 class Shouting(ColossalTemplate):
     """Ends what is said with an exclamation mark of its own."""
 
-    def render_turns(self, messages: Sequence[Message]) -> list[list[Segment]]:
-        turns = super().render_turns(messages)
-        return [[*turn[:-1], Segment(text="!", has_loss=turn[-1].has_loss), turn[-1]] for turn in turns]
+    @classmethod
+    def describe(cls, tokenizer: Any, llama_version: int | None = None) -> Form:
+        form = super().describe(tokenizer, llama_version)
+        human, answer = (text.replace(CONTENT, f"{CONTENT}!") for text in (form.human, form.answer))
+        return dataclasses.replace(form, name="shouting", human=human, answer=answer)
 
 
 class CountingEngine(TokenizersEngine):
@@ -78,8 +81,8 @@ def test_every_name_is_found() -> None:
 
 def test_a_new_template(tokenizer: Any, tokenizer_json: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TEMPLATES, "shouting", f"{__name__}:Shouting")
-    monkeypatch.setattr(SftSettings, "template", "shouting")
-    spec = ConversationEncoder.make_spec(tokenizer, SftSettings(2), 512)
+    spec = ConversationEncoder.make_spec(tokenizer, SftSettings(2, "shouting"), 512)
+    Path(tokenizer_json).write_text(follow_special_tokens(Path(tokenizer_json).read_text()))
     encoder = load_encoder(dataclasses.replace(spec, tokenizer_json=tokenizer_json))
     messages = [{"from": "human", "content": "Where?"}, {"from": "assistant", "content": "Here"}]
     (outcome,) = encoder.encode([encoder.parse({"messages": messages})])

@@ -11,6 +11,8 @@ import torch
 from corpus import sample_texts
 from transformers import AutoTokenizer, GenerationConfig
 
+from colossal_llama.conversation.carried import CarriedTemplate
+from colossal_llama.conversation.colossal import ColossalTemplate
 from colossal_llama.training.checkpoint.model_files import (
     ModelFiles,
     find_model_directory,
@@ -158,3 +160,37 @@ def test_a_name_of_the_hub_means_the_cached_files(
         assert files.beside_weights[name] == (snapshot / name).read_bytes()
     with pytest.raises(UserError, match="someone/other: no"):
         find_model_directory("someone/other")
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_template_of_the_data_is_in_every_tokenizer(model: Path, lora_rank: int) -> None:
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    change_json(
+        model / "tokenizer_config.json", chat_template=[{"name": "default", "template": "x"}], extra=1e30
+    )
+    template = CarriedTemplate.of_template(
+        ColossalTemplate.of_tokenizer(load_tokenizer(str(model), False), 2)
+    )
+    before = json.loads((model / "tokenizer_config.json").read_text())
+    files = prepare(model, answer_ends=[2], template=template, lora_rank=lora_rank)
+    for contents in (files.beside_weights, files.beside_adapter):
+        config = json.loads(contents["tokenizer_config.json"])
+        assert config == {**before, "chat_template": template.text}
+        assert list(config) == list(before)
+        assert not [name for name in contents if "jinja" in name]
+        assert "generation_config.json" in contents
+    # Without one, everything stays as it is.
+    files = prepare(model, answer_ends=[2])
+    for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja", "tokenizer_config.json"):
+        assert files.beside_weights[name] == (model / name).read_bytes()
+
+
+def test_a_tokenizer_that_splits_conversations_otherwise(model: Path) -> None:
+    template = CarriedTemplate.of_template(
+        ColossalTemplate.of_tokenizer(load_tokenizer(str(model), False), 2)
+    )
+    change_json(model / "tokenizer_config.json", legacy=True)
+    with pytest.raises(UserError, match="splits conversations otherwise than the one that prepared the data"):
+        prepare(model, answer_ends=[2], template=template)
