@@ -62,7 +62,13 @@ def find_conflicts(paths: PathSettings) -> list[str]:
     if problems:
         return problems
     written = {
-        path.resolve() for path in (paths.data_output_dirs, paths.data_output_dirs / "jsonl", paths.arrow_dir)
+        path.resolve()
+        for path in (
+            paths.data_output_dirs,
+            paths.data_output_dirs / "jsonl",
+            paths.arrow_dir,
+            paths.held_out_dir,
+        )
     }
     if paths.recursive:  # a next run would read what lies anywhere below
         written |= {parent for path in written for parent in path.parents}

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ import pyarrow as pa
 
 from colossal_llama.dataset.labels import count_loss_tokens, split_signed
 from colossal_llama.dataset.packing import one_piece_per_row, pack_best_fit, shuffle_rows
+from colossal_llama.dataset.piece_counts import PieceCounter
 from colossal_llama.dataset.statistics import BinCounts
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import (
@@ -56,7 +58,9 @@ class BinTask:
     """Pack and write one bin: pieces `first_piece` … `end_piece` of the plan. Paths are absolute.
 
     `run_file` says which run owns the output: `run_id` is this one's. `end_of_turn_ids`: what ends an answer,
-    where that is known.
+    where that is known. `new_rows`: first and end of the ids that the tokenizer's extension added.
+    `records_file`: of a part that is held out, names the files of its records; they become `jsonl_path`
+    in place of its rows.
     """
 
     index: int
@@ -77,9 +81,12 @@ class BinTask:
     tokenizer_fingerprint: str
     vocab_size: int
     end_of_turn_ids: tuple[int, ...] = ()
+    new_rows: tuple[int, int] = (0, 0)
+    records_file: str = ""
 
     def __str__(self) -> str:
-        return f"bin {self.index} ({self.end_piece - self.first_piece:,} pieces)"
+        name = "held-out part" if self.records_file else "bin"
+        return f"{name} {self.index} ({self.end_piece - self.first_piece:,} pieces)"
 
     @property
     def arrow_path(self) -> Path:
@@ -155,13 +162,16 @@ def _write_rows(task: BinTask, arrow_aside: Path, jsonl_aside: Path) -> BinCount
     )
     rows = pack_best_fit(lengths, task.max_length) if task.splice else one_piece_per_row(lengths)
     rows = shuffle_rows(rows, task.seed, task.index)
+    counter = PieceCounter(range(*task.new_rows))
     with (
         TokenReader(Path(task.shards_file)) as reader,
-        RowWriter(arrow_aside, jsonl_aside) as writer,
+        RowWriter(arrow_aside, None if task.records_file else jsonl_aside) as writer,
     ):
         for first, end in _batches_of_rows(rows.lengths):
             pieces = rows.pieces[rows.starts[first] : rows.starts[end]]
             stored = reader.read(offsets[pieces], lengths[pieces])
+            if counter.new_rows:
+                counter.add(split_signed(stored)[0])
             writer.write(
                 stored, rows.lengths[first:end], lengths[pieces], np.diff(rows.starts[first : end + 1])
             )
@@ -169,7 +179,20 @@ def _write_rows(task: BinTask, arrow_aside: Path, jsonl_aside: Path) -> BinCount
         len(rows), len(lengths), int(rows.lengths.sum()), writer.num_labels, int(rows.lengths[-1])
     )
     _write_description(arrow_aside, task, counts, writer.digest)
+    if counter.new_rows:
+        counter.write(arrow_aside)
+    if task.records_file:
+        _join_files(json.loads(wait_for_file(Path(task.records_file)).read_text("utf-8")), jsonl_aside)
     return counts
+
+
+def _join_files(paths: list[str], joined: Path) -> None:
+    with with_filename_in_errors(joined), open(joined, "wb") as file:
+        for path in paths:
+            with open(wait_for_file(Path(path)), "rb") as one:
+                shutil.copyfileobj(one, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class TokenReader:
@@ -230,13 +253,17 @@ def _allow_open_files(wanted: int) -> int:
 
 
 class RowWriter:
-    """Writes rows in one pass to JSONL and to an Arrow stream, as `datasets.save_to_disk` lays it out."""
+    """Writes rows in one pass to an Arrow stream, as `datasets.save_to_disk` lays it out, and to JSONL.
 
-    def __init__(self, arrow_dir: Path, jsonl_path: Path) -> None:
+    Args:
+        jsonl_path: None for no JSONL.
+    """
+
+    def __init__(self, arrow_dir: Path, jsonl_path: Path | None) -> None:
         self.num_labels = 0
         self._hash = hashlib.blake2b(digest_size=8)
         self._arrow_file = open(arrow_dir / ARROW_FILE, "wb")  # noqa: SIM115
-        self._jsonl_file = open(jsonl_path, "wb", buffering=1 << 20)  # noqa: SIM115
+        self._jsonl_file = jsonl_path and open(jsonl_path, "wb", buffering=1 << 20)  # noqa: SIM115
         self._stream = pa.ipc.new_stream(self._arrow_file, _schema())
 
     def __enter__(self) -> RowWriter:
@@ -245,7 +272,7 @@ class RowWriter:
     def __exit__(self, *exception: Any) -> None:
         with with_filename_in_errors(self._arrow_file.name):
             self._stream.close()
-        for file in (self._arrow_file, self._jsonl_file):
+        for file in filter(None, (self._arrow_file, self._jsonl_file)):
             with with_filename_in_errors(file.name):
                 file.flush()
                 os.fsync(file.fileno())
@@ -281,6 +308,8 @@ class RowWriter:
             self._stream.write_batch(batch)
         for array in (stored, document_lengths, token_starts, document_starts):
             self._hash.update(array.data)
+        if self._jsonl_file is None:
+            return
         tokens, documents = token_starts.tolist(), document_starts.tolist()
         with with_filename_in_errors(self._jsonl_file.name):
             for row in range(len(row_lengths)):

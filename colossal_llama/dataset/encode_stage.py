@@ -17,7 +17,7 @@ from colossal_llama.dataset.shards import (
     encode_shard,
     remove_stale_shards,
 )
-from colossal_llama.dataset.statistics import Counts
+from colossal_llama.dataset.statistics import Counts, DocumentCounts
 from colossal_llama.dataset.workers import Workers
 from colossal_llama.utils.console import log, progress_bar
 from colossal_llama.utils.errors import UserError
@@ -35,27 +35,29 @@ class EncodedShards:
         """Number of bad records by what is wrong with them."""
         return sum((summary.bad_records for summary in self.summaries), Counter())
 
-    def count_by_category(self) -> dict[str, Counts]:
-        categories: dict[str, Counts] = {}
-        for summary in self.summaries:
-            for name, counts in summary.categories.items():
-                categories.setdefault(name, Counts()).add(counts)
-        return categories
-
-    def count_by_input_dir(self, num_input_dirs: int) -> list[Counts]:
-        input_dirs = [Counts() for _ in range(num_input_dirs)]
+    def count(self, num_input_dirs: int, held_out: bool = False) -> DocumentCounts:
+        """Counts of the documents that are held out, or of all others."""
+        counted = DocumentCounts({}, [Counts() for _ in range(num_input_dirs)])
         for task, summary in zip(self.tasks, self.summaries, strict=True):
-            for counts in summary.categories.values():
-                input_dirs[task.shard.input_dir].add(counts)
-        return input_dirs
+            for name, counts in (summary.held_out if held_out else summary.categories).items():
+                counted.categories.setdefault(name, Counts()).add(counts)
+                counted.input_dirs[task.shard.input_dir].add(counts)
+        return counted
 
 
 def encode_shards(
-    workers: Workers, shards: list[Shard], spec: EncoderSpec, cache_dir: Path, skip_bad_records: bool
+    workers: Workers,
+    shards: list[Shard],
+    spec: EncoderSpec,
+    cache_dir: Path,
+    skip_bad_records: bool,
+    held_out_share: float = 0.0,
 ) -> EncodedShards:
     """Has all shards encoded into `cache_dir`, where those of an earlier run are taken as they are."""
     cache_dir.mkdir(parents=True, exist_ok=True)
-    tasks = [ShardTask(shard, spec, str(cache_dir.absolute())) for shard in shards]
+    tasks = [
+        ShardTask(shard, spec, str(cache_dir.absolute()), held_out_share=held_out_share) for shard in shards
+    ]
     remove_stale_shards(cache_dir, tasks)
     num_finished = sum(task.table_path.exists() for task in tasks)
     if num_finished:

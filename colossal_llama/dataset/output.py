@@ -37,6 +37,20 @@ class OutputPaths:
         return self.directory / "jsonl"
 
     @property
+    def held_out_dir(self) -> Path:
+        """Records that are held out; `held_out_arrow_dir` has their rows."""
+        return self.directory / "held_out"
+
+    @property
+    def held_out_arrow_dir(self) -> Path:
+        return self.held_out_dir / "arrow"
+
+    @property
+    def part_dirs(self) -> list[Path]:
+        """Where parts are written."""
+        return [self.arrow_dir, self.jsonl_dir, self.held_out_arrow_dir, self.held_out_dir]
+
+    @property
     def stats_path(self) -> Path:
         return self.directory / "stats.json"
 
@@ -67,7 +81,7 @@ def claim_output(output: OutputPaths, run_key: str, overwrite: bool) -> str:
     is_complete = output.stats_path.exists()
     parts = [
         path
-        for directory in (output.arrow_dir, output.jsonl_dir)
+        for directory in output.part_dirs
         if directory.is_dir()
         for path in directory.iterdir()
         if PART_NAME.fullmatch(path.name)
@@ -92,8 +106,9 @@ def claim_output(output: OutputPaths, run_key: str, overwrite: bool) -> str:
         picture.unlink(missing_ok=True)
         for path in parts:
             remove_path(path)
-        for path in (output.cache_dir / "bins").glob("part-*.json"):
-            path.unlink()
+        for name in ("bins", "held_out"):
+            for path in (output.cache_dir / name).glob("part-*.json"):
+                path.unlink()
     run_id = secrets.token_hex(8)
     write_json(output.run_file, {"run_key": run_key, "run_id": run_id})
     remove_unfinished_parts(output)
@@ -102,7 +117,7 @@ def claim_output(output: OutputPaths, run_key: str, overwrite: bool) -> str:
 
 def remove_unfinished_parts(output: OutputPaths) -> None:
     """Removes what killed workers left half-written."""
-    for directory in (output.arrow_dir, output.jsonl_dir):
+    for directory in output.part_dirs:
         for path in directory.iterdir() if directory.is_dir() else ():
             if ASIDE_NAME.fullmatch(path.name):
                 remove_path(path)

@@ -14,20 +14,28 @@ import json
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from colossal_llama.corpus.jsonl import Shard, find_input_files, make_shards
 from colossal_llama.dataset.bin_stage import BinRun, WrittenBins, write_bins
-from colossal_llama.dataset.bins import write_bin
+from colossal_llama.dataset.bins import part_name, write_bin
 from colossal_llama.dataset.encode_stage import EncodedShards, check_bad_records, encode_shards
 from colossal_llama.dataset.encoders import find_encoder
 from colossal_llama.dataset.encoders.base import EncoderSpec
 from colossal_llama.dataset.output import OutputPaths, claim_output
+from colossal_llama.dataset.piece_counts import read_piece_counts, summarise_counts
 from colossal_llama.dataset.settings import PreparationSettings
 from colossal_llama.dataset.shards import CACHE_FORMAT, encode_shard
-from colossal_llama.dataset.statistics import draw_lengths, format_statistics, make_statistics
+from colossal_llama.dataset.statistics import (
+    HeldOutCounts,
+    draw_lengths,
+    format_statistics,
+    make_statistics,
+)
 from colossal_llama.dataset.tokenizer_copy import TokenizerInfo, load_tokenizer, save_tokenizer
 from colossal_llama.dataset.workers import open_workers
+from colossal_llama.tokenizer.new_rows import find_new_rows
 from colossal_llama.utils.console import log
 from colossal_llama.utils.files import locked_directory, with_filename_in_errors, write_json
 
@@ -50,19 +58,35 @@ def prepare(settings: PreparationSettings) -> None:
             stack.enter_context(locked_directory(directory, "data preparation"))
         stack.enter_context(workers)
         workers.check_storage(
-            [output.cache_dir, output.jsonl_dir, output.arrow_dir],
+            _output_dirs(output, rows.held_out_share),
             [file for directory in files for file in directory],
         )
         spec, tokenizer = _make_spec(settings, output)
+        new_rows = find_new_rows(paths.tokenizer_dir)
         facts = _facts(settings, tokenizer)
         shards = make_shards(files)
-        run_key = _find_run_key(shards, spec, facts, settings, output)
+        run_key = _find_run_key(shards, spec, facts, settings, output, new_rows)
         run_id = claim_output(output, run_key, paths.overwrite)
-        encoded = encode_shards(workers, shards, spec, output.cache_dir / "shards", settings.skip_bad_records)
+        encoded = encode_shards(
+            workers,
+            shards,
+            spec,
+            output.cache_dir / "shards",
+            settings.skip_bad_records,
+            rows.held_out_share,
+        )
         check_bad_records(encoded, settings.skip_bad_records)
-        run = BinRun(run_key, run_id, facts["kind"], tokenizer, spec.end_of_turn_ids, settings.records.splice)
+        run = BinRun(
+            run_key,
+            run_id,
+            facts["kind"],
+            tokenizer,
+            spec.end_of_turn_ids,
+            settings.records.splice,
+            new_rows,
+        )
         written = write_bins(workers, encoded, output, rows, run)
-        stats = _write_statistics(facts, encoded, written, settings, output)
+        stats = _write_statistics(facts, encoded, written, settings, output, new_rows)
         node_table = workers.describe_nodes()
     log(format_statistics(stats))
     if node_table:
@@ -72,6 +96,12 @@ def prepare(settings: PreparationSettings) -> None:
         f"Data: {output.arrow_dir} ({stats['rows']['tokens']:,} tokens in {seconds:.1f} s, "
         f"{stats['rows']['tokens'] / seconds:,.0f} tokens/s)"
     )
+
+
+def _output_dirs(output: OutputPaths, held_out_share: float) -> list[Path]:
+    """The directories that workers write to."""
+    held_out = [output.held_out_dir, output.held_out_arrow_dir] if held_out_share else []
+    return [output.cache_dir, output.jsonl_dir, output.arrow_dir, *held_out]
 
 
 def _make_spec(settings: PreparationSettings, output: OutputPaths) -> tuple[EncoderSpec, TokenizerInfo]:
@@ -90,6 +120,7 @@ def _facts(settings: PreparationSettings, tokenizer: TokenizerInfo) -> dict[str,
         "max_length": settings.rows.max_length,
         "num_bins": settings.rows.num_spliced_dataset_bins,
         "seed": settings.rows.seed,
+        **({"held_out_share": share} if (share := settings.rows.held_out_share) else {}),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
     }
@@ -101,6 +132,7 @@ def _find_run_key(
     facts: dict[str, Any],
     settings: PreparationSettings,
     output: OutputPaths,
+    new_rows: range,
 ) -> str:
     """A digest of everything that decides the output: a run with the same one continues where it stopped."""
     digest = hashlib.sha256()
@@ -115,6 +147,8 @@ def _find_run_key(
         # Parts that lie in another directory are none of this run's.
         "arrow_dir": os.path.relpath(output.arrow_dir.resolve(), output.directory.resolve()),
     }
+    if new_rows:  # they are counted
+        what["new_rows"] = [new_rows.start, new_rows.stop]
     digest.update(json.dumps(what, sort_keys=True).encode())
     return digest.hexdigest()[:24]
 
@@ -125,16 +159,27 @@ def _write_statistics(
     written: WrittenBins,
     settings: PreparationSettings,
     output: OutputPaths,
+    new_rows: range,
 ) -> dict[str, Any]:
     """Writes `stats.png`, then `stats.json`; returns its content."""
+    num_input_dirs = len(settings.paths.data_input_dirs)
+    held_out = new_pieces = None
+    if share := settings.rows.held_out_share:
+        held_out = HeldOutCounts(share, encoded.count(num_input_dirs, held_out=True), written.held_out)
+    if new_rows:
+        parts = [output.arrow_dir / part_name(index) for index in range(len(written.bins))]
+        counts = read_piece_counts(parts, new_rows)
+        assert counts is not None, "a part has no counts"
+        new_pieces = summarise_counts(counts)
     stats = make_statistics(
         facts,
-        encoded.count_by_category(),
-        encoded.count_by_input_dir(len(settings.paths.data_input_dirs)),
+        encoded.count(num_input_dirs),
         encoded.count_bad_records(),
         written.bins,
         settings.rows.max_length,
         written.piece_lengths,
+        held_out,
+        new_pieces,
     )
     with with_filename_in_errors(output.picture_path):
         draw_lengths(stats, output.picture_path)

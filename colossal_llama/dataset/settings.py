@@ -65,6 +65,10 @@ class PathSettings:
     def arrow_dir(self) -> Path:
         return self.data_arrow_output_dir or self.data_output_dirs / "arrow"
 
+    @property
+    def held_out_dir(self) -> Path:
+        return self.data_output_dirs / "held_out"
+
 
 @dataclass(frozen=True)
 class RowSettings:
@@ -79,6 +83,13 @@ class RowSettings:
         "error",
         "malformed records: list them and stop, or count them and continue",
         choices=("error", "skip"),
+    )
+    held_out_share: float = flag(
+        0.0,
+        "share of the records, 0 to 0.9, that is kept out of training and written to "
+        "<data_output_dirs>/held_out, as JSONL and as arrow/ for --eval_dataset; a hash of the text decides, "
+        "so equal texts stay together",
+        type=number(float, 0, 0.9),
     )
 
 

@@ -3,12 +3,14 @@
 In `cache/shards/`, named by a digest of all that decides the content:
 
     <key>.tokens   int32, little-endian: the pieces of all kept documents (see `labels`), end to end
+    <key>.jsonl    the records that are held out, with `--held_out_share`
     <key>.npz      lengths of the pieces, pieces and category of each document, counts; written last, so a
                    shard with this file is finished, and a repeated run takes it as it is
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,21 +20,24 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import orjson
 
 from colossal_llama.corpus.jsonl import Shard, read_lines
 from colossal_llama.corpus.records import BadRecord, parse_object
 from colossal_llama.dataset.encoders import load_encoder
 from colossal_llama.dataset.encoders.base import EncoderSpec, RecordEncoder
+from colossal_llama.dataset.held_out import is_held_out
 from colossal_llama.dataset.statistics import Counts
 from colossal_llama.utils.files import aside_path, wait_for_file, with_filename_in_errors
 from colossal_llama.utils.messages import MAX_LISTED_PROBLEMS
 
 CACHE_FORMAT = 2  # raised when the same records become other documents
 CACHE_NAME = re.compile(
-    r"[0-9a-f]{24}(\.\d+\.tmp|\.tokens|\.npz)|\.[0-9a-f]{24}\.(tokens|npz)\.[0-9a-f]{16}\.tmp"
+    r"[0-9a-f]{24}(\.\d+\.tmp|\.tokens|\.jsonl|\.npz)"
+    r"|\.[0-9a-f]{24}\.(tokens|jsonl|npz)\.[0-9a-f]{16}\.tmp"
 )
 # A batch's encodings (some 300 bytes a token) are all in memory at once.
 BATCH_CHARACTERS = 1 << 19
@@ -47,6 +52,7 @@ class ShardTask:
     spec: EncoderSpec
     cache_dir: str
     check_only: bool = False
+    held_out_share: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.shard.path}, bytes {self.shard.start:,} to {self.shard.end:,}"
@@ -54,6 +60,8 @@ class ShardTask:
     @property
     def key(self) -> str:
         what = [CACHE_FORMAT, dataclasses.asdict(self.shard), self.spec.as_key()]
+        if self.held_out_share:
+            what.append(self.held_out_share)
         text = json.dumps(what, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -62,13 +70,20 @@ class ShardTask:
         return Path(self.cache_dir) / f"{self.key}.tokens"
 
     @property
+    def held_out_path(self) -> Path:
+        return Path(self.cache_dir) / f"{self.key}.jsonl"
+
+    @property
     def table_path(self) -> Path:
         return Path(self.cache_dir) / f"{self.key}.npz"
 
 
 @dataclass
 class ShardSummary:
-    """What the driver learns of a shard at once; the arrays stay in its table."""
+    """What the driver learns of a shard at once; the arrays stay in its table.
+
+    `categories` counts the documents for training and those that are dropped, `held_out` the others.
+    """
 
     num_bytes: int
     num_lines: int = 0
@@ -76,6 +91,8 @@ class ShardSummary:
     bad_records: Counter[str] = field(default_factory=Counter)
     listed_bad_records: list[tuple[int, str]] = field(default_factory=list)  # line within the shard, from 1
     categories: dict[str, Counts] = field(default_factory=dict)
+    held_out: dict[str, Counts] = field(default_factory=dict)
+    held_out_bytes: int = 0  # of their records as JSONL
 
 
 @dataclass
@@ -86,6 +103,7 @@ class ShardTable:
     num_pieces: np.ndarray
     category_ids: np.ndarray
     category_names: list[str]
+    held_out: np.ndarray
 
 
 def encode_shard(task: ShardTask) -> ShardSummary:
@@ -106,15 +124,27 @@ def encode_shard(task: ShardTask) -> ShardSummary:
     num_pieces: list[int] = []
     category_ids: list[int] = []
     category_index: dict[str, int] = {}
-    aside = aside_path(task.tokens_path)
-    try:
-        with with_filename_in_errors(task.tokens_path), open(aside, "wb") as file:
+    held_out: list[bool] = []
+    with contextlib.ExitStack() as files:
+        held_out_file = files.enter_context(_new_file(task.held_out_path)) if task.held_out_share else None
+        with _new_file(task.tokens_path) as file:
             for records in _read_batches(task.shard, encoder, summary):
                 pieces = []
                 for record, outcome in zip(records, encoder.encode(records), strict=True):
-                    counts = summary.categories.setdefault(record.category, Counts())
+                    # What is dropped is dropped, on whichever side its text falls.
+                    is_kept_out = (
+                        held_out_file is not None
+                        and bool(outcome.pieces)
+                        and is_held_out(record.text, task.held_out_share)
+                    )
+                    of_side = summary.held_out if is_kept_out else summary.categories
+                    counts = of_side.setdefault(record.category, Counts())
                     counts.add_outcome(outcome, record.num_characters)
+                    if is_kept_out:
+                        line = orjson.dumps(record.as_json(), option=orjson.OPT_APPEND_NEWLINE)
+                        summary.held_out_bytes += held_out_file.write(line)
                     if outcome.pieces:
+                        held_out.append(is_kept_out)
                         pieces.extend(outcome.pieces)
                         piece_lengths.extend(map(len, outcome.pieces))
                         num_pieces.append(len(outcome.pieces))
@@ -122,17 +152,13 @@ def encode_shard(task: ShardTask) -> ShardSummary:
                         category_ids.append(index)
                 if pieces:
                     file.write(np.concatenate(pieces).astype("<i4", copy=False).data)
-            file.flush()
-            os.fsync(file.fileno())
         summary.num_tokens = sum(piece_lengths)
-        os.replace(aside, task.tokens_path)
-    finally:
-        aside.unlink(missing_ok=True)
     table = ShardTable(
         np.array(piece_lengths, dtype=np.int32),
         np.array(num_pieces, dtype=np.int32),
         np.array(category_ids, dtype=np.int32),
         list(category_index),
+        np.array(held_out, dtype=bool),
     )
     _write_table(task, table, summary)
     return summary
@@ -143,7 +169,8 @@ def read_summary(task: ShardTask) -> ShardSummary:
         value = json.loads(arrays["summary"].tobytes())
     value["bad_records"] = Counter(value["bad_records"])
     value["listed_bad_records"] = [(line, what) for line, what in value["listed_bad_records"]]
-    value["categories"] = {name: Counts.from_json(c) for name, c in value["categories"].items()}
+    for side in ("categories", "held_out"):
+        value[side] = {name: Counts.from_json(c) for name, c in value.get(side, {}).items()}
     return ShardSummary(**value)
 
 
@@ -154,12 +181,14 @@ def read_table(task: ShardTask) -> ShardTable:
             arrays["num_pieces"],
             arrays["category_ids"],
             json.loads(arrays["category_names"].tobytes()),
+            # A shard that an earlier version encoded has none.
+            arrays["held_out"] if "held_out" in arrays else np.zeros(len(arrays["num_pieces"]), dtype=bool),
         )
 
 
 def remove_stale_shards(cache_dir: Path, tasks: list[ShardTask]) -> None:
     """Removes what earlier runs with other input or settings, or killed ones, left in the cache."""
-    wanted = {path.name for task in tasks for path in (task.table_path, task.tokens_path)}
+    wanted = {path.name for task in tasks for path in (task.table_path, task.tokens_path, task.held_out_path)}
     for path in cache_dir.iterdir():
         if CACHE_NAME.fullmatch(path.name) and path.name not in wanted:
             path.unlink()
@@ -170,7 +199,24 @@ def _read_finished(task: ShardTask) -> ShardSummary | None:
         return None
     summary = read_summary(task)
     is_whole = task.tokens_path.stat().st_size == 4 * summary.num_tokens
+    if task.held_out_share:
+        path = task.held_out_path
+        is_whole = is_whole and path.exists() and path.stat().st_size == summary.held_out_bytes
     return summary if is_whole else None
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name when the block ends, unless it ends with an error."""
+    aside = aside_path(path)
+    try:
+        with with_filename_in_errors(path), open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _read_batches(shard: Shard, encoder: RecordEncoder, summary: ShardSummary) -> Iterator[list[Any]]:
@@ -200,19 +246,13 @@ def _write_table(task: ShardTask, table: ShardTable, summary: ShardSummary) -> N
     def as_bytes(value: Any) -> np.ndarray:
         return np.frombuffer(json.dumps(value, default=vars).encode(), dtype=np.uint8)
 
-    aside = aside_path(task.table_path)
-    try:
-        with with_filename_in_errors(task.table_path), open(aside, "wb") as file:
-            np.savez(
-                file,
-                piece_lengths=table.piece_lengths,
-                num_pieces=table.num_pieces,
-                category_ids=table.category_ids,
-                category_names=as_bytes(table.category_names),
-                summary=as_bytes(summary),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, task.table_path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with _new_file(task.table_path) as file:
+        np.savez(
+            file,
+            piece_lengths=table.piece_lengths,
+            num_pieces=table.num_pieces,
+            category_ids=table.category_ids,
+            category_names=as_bytes(table.category_names),
+            held_out=table.held_out,
+            summary=as_bytes(summary),
+        )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from colossal_llama.dataset.encoders.base import Outcome
+from colossal_llama.dataset.piece_counts import RARE_LIMITS
 from colossal_llama.utils.console import format_table
 
 MAX_CATEGORIES_IN_TABLE = 30
@@ -77,6 +78,27 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class DocumentCounts:
+    """Counts by category, and by input directory in their order."""
+
+    categories: dict[str, Counts]
+    input_dirs: list[Counts]
+
+    @property
+    def total(self) -> Counts:
+        total = Counts()
+        for counts in self.categories.values():
+            total.add(counts)
+        return total
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "categories": {name: self.categories[name].as_json() for name in sorted(self.categories)},
+            "input_dirs": [counts.as_json() for counts in self.input_dirs],
+        }
+
+
+@dataclass(frozen=True)
 class BinCounts:
     """Rows of one bin. `last_row_tokens`: of its emptiest row, which is the last."""
 
@@ -87,19 +109,48 @@ class BinCounts:
     last_row_tokens: int
 
 
+@dataclass(frozen=True)
+class HeldOutCounts:
+    """What `--held_out_share` keeps out of training; `parts` by number of the input directory."""
+
+    share: float
+    documents: DocumentCounts
+    parts: Mapping[int, BinCounts]
+
+    def as_json(self) -> dict[str, Any]:
+        total = self.documents.total
+        assert total.tokens_out == sum(part.tokens for part in self.parts.values())
+        return {
+            "share": self.share,
+            "total": total.as_json(),
+            **self.documents.as_json(),
+            "parts": [
+                {"input_dir": number, "rows": part.rows, "pieces": part.documents, "tokens": part.tokens}
+                for number, part in sorted(self.parts.items())
+            ],
+        }
+
+
 def make_statistics(
     settings: Mapping[str, Any],
-    categories: Mapping[str, Counts],
-    input_dirs: list[Counts],
+    documents: DocumentCounts,
     bad_records: Mapping[str, int],
     bins: list[BinCounts],
     max_length: int,
     piece_lengths: np.ndarray,
+    held_out: HeldOutCounts | None = None,
+    new_pieces: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of `stats.json`: no times, paths or worker counts, so equal data gives an equal file."""
-    total = Counts()
-    for counts in categories.values():
-        total.add(counts)
+    """The content of `stats.json`: no times, paths or worker counts, so equal data gives an equal file.
+
+    Args:
+        settings: the choices that are written down.
+        documents: of those for training, and of those that are dropped.
+        held_out: None without `--held_out_share`.
+        new_pieces: how often they occur; None where the vocabulary was not extended.
+    """
+    total = documents.total
+    num_held_out = held_out.documents.total.documents if held_out else 0
     num_bad = sum(bad_records.values())
     num_rows = sum(b.rows for b in bins)
     num_tokens = sum(b.tokens for b in bins)
@@ -108,8 +159,9 @@ def make_statistics(
         "format": 1,
         **settings,
         "records": {
-            "read": total.documents + num_bad,
+            "read": total.documents + num_bad + num_held_out,
             "kept": total.kept,
+            **({"held_out": num_held_out} if held_out else {}),
             "dropped": {**dict(sorted(total.dropped_documents.items())), **dict(sorted(bad_records.items()))},
         },
         "total": total.as_json(),
@@ -122,10 +174,11 @@ def make_statistics(
                 num_tokens - sum(b.last_row_tokens for b in bins), (num_rows - len(bins)) * max_length
             ),
         },
-        "categories": {name: categories[name].as_json() for name in sorted(categories)},
-        "input_dirs": [counts.as_json() for counts in input_dirs],
+        **documents.as_json(),
         "bins": [{"rows": b.rows, "pieces": b.documents, "tokens": b.tokens} for b in bins],
         "piece_lengths": _histogram(piece_lengths),
+        **({"held_out": held_out.as_json()} if held_out else {}),
+        **({"new_pieces": dict(new_pieces)} if new_pieces is not None else {}),
     }
 
 
@@ -164,6 +217,14 @@ def format_statistics(stats: Mapping[str, Any]) -> str:
     ):
         if reasons:
             parts.append(f"{title}: " + ", ".join(f"{name} {number:,}" for name, number in reasons.items()))
+    if held_out := stats.get("held_out"):
+        counts = held_out["total"]
+        parts.append(f"Held out: {counts['documents']:,} documents, {counts['tokens_out']:,} tokens")
+    if new := stats.get("new_pieces"):
+        parts.append(
+            f"New pieces: {new['pieces']:,}, of which {new['never']:,} never occur, "
+            + ", ".join(f"{new[f'under_{limit}']:,} under {limit} times" for limit in RARE_LIMITS)
+        )
     rows = stats["rows"]
     fill = f"{100 * rows['fill']:.2f} % full"
     if rows["fill_without_last_rows"] is not None:

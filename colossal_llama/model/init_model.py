@@ -6,28 +6,28 @@ be the tokenizer's directory, never the source's.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from colossal_llama.model.initializations import DEFAULT_INITIALIZATION, INITIALIZATIONS
-from colossal_llama.model.model_config import CONFIG_FILE, GENERATION_CONFIG_FILE
+from colossal_llama.model.model_config import CONFIG_FILE
+from colossal_llama.model.model_output import (
+    copy_generation_config,
+    find_foreign_files,
+    refuse_full_disk,
+    refuse_other_weights,
+    weight_names,
+)
 from colossal_llama.utils.arguments import ArgumentParser, existing_directory, positive_int
 from colossal_llama.utils.console import format_table, log, progress_bar
-from colossal_llama.utils.errors import UserError, run_command
+from colossal_llama.utils.errors import run_command
 from colossal_llama.utils.output_checks import why_not_output_directory
 from colossal_llama.utils.settings import add_settings, flag, parse_settings
 
 # Says how the embeddings were made, and that the model in the directory is this script's. Training, which
 # copies vocabulary_extension.json, leaves none.
 INITIALIZATION_FILE = "model_initialization.json"
-WEIGHT_PATTERNS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model*.index.json",
-)
 
 
 @dataclass(frozen=True)
@@ -91,31 +91,14 @@ def _check_directories(settings: ModelSettings) -> list[str]:
         problems.append(f"--target_model_path {target}: {reason}")
     elif target.exists() and target.samefile(source):
         problems.append(f"--target_model_path {target}: is the source directory; the source is never changed")
-    elif not settings.overwrite and (foreign := _foreign_files(settings)):
+    elif not settings.overwrite and (
+        foreign := find_foreign_files(target, INITIALIZATION_FILE, settings.target_tokenizer_path)
+    ):
         problems.append(
             f"--target_model_path {target}: holds files that this script did not make "
             f"({', '.join(foreign[:5])}); choose another directory, or --overwrite"
         )
     return problems
-
-
-def _foreign_files(settings: ModelSettings) -> list[str]:
-    """What would be replaced in the target directory, unless an earlier run of this script made it."""
-    from colossal_llama.tokenizer.tokenizer_files import files_of_tokenizer, is_extension
-
-    target = settings.target_model_path
-    if not target.exists() or (target / INITIALIZATION_FILE).is_file():
-        return []
-    found = [name for name in (CONFIG_FILE, GENERATION_CONFIG_FILE) if (target / name).exists()]
-    found += _weight_names(target)
-    if not target.samefile(settings.target_tokenizer_path) and not is_extension(target):
-        found += files_of_tokenizer(target)
-    return found
-
-
-def _weight_names(directory: Path) -> list[str]:
-    names = {path.name for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)}
-    return sorted(name for name in names if not name.startswith("."))
 
 
 def main() -> None:
@@ -184,9 +167,10 @@ def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, ex
     if len(names) == 1:  # also of an index of one shard: written without an index, no other name is found
         names = dict.fromkeys(names, SAFETENSORS_SINGLE)
     total = sum(sum_bytes(extension.targets(tensors.values())) for tensors in layout.shards.values())
-    _refuse_other_weights(target, set(names.values()) | ({SAFETENSORS_INDEX} if len(names) > 1 else set()))
+    expected = {*names.values(), *([SAFETENSORS_INDEX] if len(names) > 1 else [])}
+    refuse_other_weights(target, "--target_model_path", expected)
     target.resolve().mkdir(parents=True, exist_ok=True)
-    _refuse_full_disk(target, total)
+    refuse_full_disk(target, "--target_model_path", total)
     write_json(
         target / INITIALIZATION_FILE,
         {
@@ -204,7 +188,7 @@ def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, ex
             for path, name in names.items():
                 written[name] = write_shard(path, target / name, extension, bar.update)
     except BaseException:
-        if not _weight_names(target):
+        if not weight_names(target):
             (target / INITIALIZATION_FILE).unlink()
         raise
     _copy_small_files(settings)
@@ -230,36 +214,13 @@ def _ways(settings: ModelSettings) -> dict[str, str]:
     return {} if set(ways.values()) == {DEFAULT_INITIALIZATION} else ways
 
 
-def _refuse_other_weights(target: Path, expected: set[str]) -> None:
-    """Weights of another model beside the new ones could be loaded in their place."""
-    if others := sorted(set(_weight_names(target)) - expected):
-        raise UserError(
-            f"--target_model_path {target}: holds other weights ({', '.join(others[:5])}), which might be "
-            "loaded in place of the new ones; remove them or choose another directory"
-        )
-
-
-def _refuse_full_disk(target: Path, needed: int) -> None:
-    present = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-    free = shutil.disk_usage(target).free + present
-    if free < needed:
-        raise UserError(
-            f"--target_model_path {target}: the model needs {needed / 1e9:.2f} GB, the disk has "
-            f"{free / 1e9:.2f} GB free; choose another disk or make room"
-        )
-
-
 def _copy_small_files(settings: ModelSettings) -> None:
     from colossal_llama.tokenizer.tokenizer_files import copy_tokenizer
 
     target = settings.target_model_path
     if not target.samefile(settings.target_tokenizer_path):
         copy_tokenizer(settings.target_tokenizer_path, target)
-    generation = settings.source_model_and_tokenizer_path / GENERATION_CONFIG_FILE
-    if generation.exists():
-        content = generation.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a mark that other programs refuse
-        (target / GENERATION_CONFIG_FILE).unlink(missing_ok=True)  # not through a link
-        (target / GENERATION_CONFIG_FILE).write_bytes(content)
+    copy_generation_config(settings.source_model_and_tokenizer_path, target)
 
 
 def summarise(settings: ModelSettings, source_rows: int, plan: Any) -> None:

@@ -167,10 +167,12 @@ def test_conversations(cluster: Any, tmp_path: Path, llama2_tokenizer_dir: Path)
         "tokenizer_dir": llama2_tokenizer_dir,
         "llama_version": 2,
         "num_spliced_dataset_bins": 3,
+        "held_out_share": 0.2,
     }
     finish(start(SFT, **flags, data_output_dirs=tmp_path / "local", num_workers=1))
     finish(start(SFT, **flags, data_output_dirs=tmp_path / "ray", ray_address=cluster.address))
     assert read_bytes(tmp_path / "ray") == read_bytes(tmp_path / "local")
+    assert (tmp_path / "ray" / "held_out" / "part-00000.jsonl").stat().st_size
 
 
 def test_a_worker_and_a_node_that_die_change_nothing(

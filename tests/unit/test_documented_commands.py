@@ -32,7 +32,7 @@ DIRECTORIES = (
     "--load_checkpoint",
     "--model_path",
 )
-DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs")
+DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs", "--models")
 FILES = ("--expand_tokens_file",)
 
 

@@ -80,6 +80,23 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
+class Record(Protocol):
+    """What a data set's records have in common."""
+
+    @property
+    def category(self) -> str: ...
+
+    @property
+    def num_characters(self) -> int: ...
+
+    @property
+    def text(self) -> str:
+        """All of its text; records with equal texts are held out together."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as a prepare script reads it."""
+
+
 class RecordEncoder(Protocol):
     """One kind of data set: how its records are read and encoded."""
 

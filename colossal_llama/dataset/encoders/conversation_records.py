@@ -22,6 +22,14 @@ class ConversationRecord:
     def num_characters(self) -> int:
         return sum(len(message.content) for message in self.messages)
 
+    @property
+    def text(self) -> str:
+        return "\0".join(message.content for message in self.messages)
+
+    def as_json(self) -> dict[str, Any]:
+        messages = [{"from": message.role, "content": message.content} for message in self.messages]
+        return {"messages": messages, "category": self.category}
+
 
 def parse_conversation(value: dict[str, Any]) -> ConversationRecord:
     """`{"messages": [{"from", "content"}, …]}`; `category` is optional. Raises `BadRecord`."""

@@ -28,6 +28,13 @@ class PretrainRecord:
     def num_characters(self) -> int:
         return len(self.source) + len(self.target)
 
+    @property
+    def text(self) -> str:
+        return self.source + self.target
+
+    def as_json(self) -> dict[str, Any]:
+        return {"source": self.source, "target": self.target, "category": self.category}
+
 
 class PretrainEncoder:
     """`{"source", "target", "category"}`: BOS + source + target + EOS, loss on what ends beyond `source`."""

@@ -28,7 +28,9 @@ from colossal_llama.corpus import jsonl
 from colossal_llama.corpus.storage import stat_file
 from colossal_llama.dataset import bin_stage, bins, encode_stage, shards
 from colossal_llama.dataset.bins import deal_documents
+from colossal_llama.dataset.held_out import is_held_out
 from colossal_llama.dataset.output import OutputPaths
+from colossal_llama.dataset.piece_counts import read_piece_counts
 from colossal_llama.dataset.preparation import prepare
 from colossal_llama.dataset.settings import (
     PathSettings,
@@ -39,7 +41,9 @@ from colossal_llama.dataset.settings import (
     SftSettings,
     WorkerSettings,
 )
+from colossal_llama.tokenizer import init_tokenizer
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
+from colossal_llama.tokenizer.new_rows import find_new_rows
 from colossal_llama.training.data.collator import Collator
 from colossal_llama.training.data.prepared_rows import PreparedDataset, find_part_directories
 from colossal_llama.utils.errors import UserError
@@ -559,3 +563,181 @@ def test_a_directory_without_tokenizer(corpus: list[Path], run: Prepare, tmp_pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--tokenizer_dir .*no tokenizer can be loaded"):
         run(corpus, tokenizer_dir=tmp_path / "empty")
+
+
+SHARE = 0.25
+
+
+def read_held_out(output: Path) -> list[dict[str, str]]:
+    """The records of all held-out files."""
+    return [
+        json.loads(line)
+        for path in sorted((output / "held_out").glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def read_documents(arrow_dir: Path) -> Counter[tuple[int, ...]]:
+    """The documents of all rows, as `encode` makes them where none is longer than a row."""
+    found: Counter[tuple[int, ...]] = Counter()
+    for row in (row for part in read_rows(arrow_dir) for row in part):
+        bounds = np.cumsum([0, *row["document_lengths"]])
+        found.update(tuple(row["input_ids"][a:b]) for a, b in pairwise(bounds))
+    return found
+
+
+def test_held_out_records_are_whole_and_nowhere_else(
+    run: Prepare, tmp_path: Path, llama2_tokenizer_dir: Path
+) -> None:
+    short = [record for record in make_records(260, seed=5) if len(record["target"]) < 400]
+    twice = [{**record, "category": "again"} for record in short[:60]]
+    write_records(tmp_path / "in0" / "x.jsonl", short)
+    write_records(tmp_path / "in1" / "x.jsonl", [*twice, {"source": "a", "target": "", "category": "a"}])
+    stats = run([tmp_path / "in0", tmp_path / "in1"], held_out_share=SHARE, max_length=2048)
+    records = read_held_out(tmp_path / "out")
+    all_records = short + twice
+    assert [r for r in all_records if is_held_out(r["source"] + r["target"], SHARE)] == records
+    tokenizer = AutoTokenizer.from_pretrained(llama2_tokenizer_dir)
+    wanted = Counter(encode(tokenizer, record) for record in records)
+    assert read_documents(tmp_path / "out" / "held_out" / "arrow") == wanted
+    trained = read_documents(tmp_path / "out" / "arrow")
+    assert trained + wanted == Counter(encode(tokenizer, record) for record in all_records)
+    assert not trained.keys() & wanted.keys()  # equal texts are on the same side
+
+    counts = stats["held_out"]
+    assert stats["records"] == {
+        "read": len(all_records) + 1,
+        "kept": trained.total(),
+        "held_out": len(records),
+        "dropped": {"empty target": 1},
+    }
+    assert counts["share"] == stats["held_out_share"] == SHARE
+    for side in (stats, counts):
+        total = side["total"]
+        assert total["tokens_in"] == total["tokens_out"] + sum(total["dropped_tokens"].values())
+        for group in (side["categories"].values(), side["input_dirs"]):
+            assert sum(one["tokens_out"] for one in group) == total["tokens_out"]
+    assert [part["input_dir"] for part in counts["parts"]] == [0, 1]
+    assert sum(part["tokens"] for part in counts["parts"]) == counts["total"]["tokens_out"]
+    assert counts["categories"]["again"]["documents"] == counts["input_dirs"][1]["documents"]
+
+    parts = find_part_directories([tmp_path / "out" / "held_out" / "arrow"])
+    data = PreparedDataset(parts, 2048, True, tokenizer_fingerprint(tokenizer))
+    assert data.num_tokens == counts["total"]["tokens_out"]
+
+
+def test_held_out_text_depends_on_nothing_but_the_text(
+    corpus: list[Path], run: Prepare, tmp_path: Path
+) -> None:
+    run(corpus, held_out_share=SHARE)
+    before = read_bytes(tmp_path / "out")
+    run(corpus, "two", num_workers=2, held_out_share=SHARE)
+    assert read_bytes(tmp_path / "two") == before
+    run(corpus, "other", seed=7, max_length=100, num_spliced_dataset_bins=2, held_out_share=SHARE)
+    assert read_held_out(tmp_path / "other") == read_held_out(tmp_path / "out") != []
+
+
+@pytest.mark.parametrize("stop_after", [0, 3, 5])
+def test_a_run_that_died_holds_out_the_same(
+    corpus: list[Path], run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    run(corpus, "whole", held_out_share=SHARE)
+    written = []
+
+    def write_some(task: bins.BinTask) -> Any:
+        if len(written) == stop_after:
+            raise KeyboardInterrupt
+        written.append(task.index)
+        return bins.write_bin(task)
+
+    monkeypatch.setattr(bin_stage, "write_bin", write_some)
+    with pytest.raises(KeyboardInterrupt):
+        run(corpus, held_out_share=SHARE)
+    if written:
+        with pytest.raises(UserError, match=r"part-0000\d.*is there already"):
+            run(corpus)
+    monkeypatch.setattr(bin_stage, "write_bin", bins.write_bin)
+    shards_dir = tmp_path / "out" / "cache" / "shards"
+    damaged = min(shards_dir.glob("*.jsonl"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    run(corpus, held_out_share=SHARE)
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
+
+
+def test_without_a_share_nothing_of_it_stays(corpus: list[Path], run: Prepare, tmp_path: Path) -> None:
+    run(corpus, "plain")
+    assert not (tmp_path / "plain" / "held_out").exists()
+    run(corpus, held_out_share=SHARE)
+    run(corpus, overwrite=True)
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "plain")
+
+
+def test_a_share_that_holds_out_nothing(run: Prepare, tmp_path: Path) -> None:
+    write_records(tmp_path / "in" / "x.jsonl", make_records(8, seed=1))
+    with pytest.raises(UserError, match="--held_out_share 1e-09: none of the 8 documents falls into the"):
+        run([tmp_path / "in"], held_out_share=1e-9)
+    with pytest.raises(UserError, match=r"only \d documents beside \d that are held out; ask for at most"):
+        run([tmp_path / "in"], "b", held_out_share=0.9, num_spliced_dataset_bins=8)
+
+
+def test_conversations_are_held_out(run: Prepare, tmp_path: Path) -> None:
+    values = [
+        {"messages": [{"from": "human", "content": f"q {i}"}, {"from": "assistant", "content": f"a {i}"}]}
+        for i in range(40)
+    ]
+    write_records(tmp_path / "in" / "x.jsonl", values)
+    stats = run([tmp_path / "in"], records=SftSettings(llama_version=2), held_out_share=SHARE)
+    held_out = read_held_out(tmp_path / "out")
+    assert 0 < len(held_out) == stats["records"]["held_out"] == 40 - stats["records"]["kept"]
+    assert [{"messages": record["messages"]} for record in held_out] == [
+        value for value in values if is_held_out("\0".join(m["content"] for m in value["messages"]), SHARE)
+    ]
+    again = run([tmp_path / "out" / "held_out"], "again", SftSettings(llama_version=2))
+    assert again["total"]["tokens_in"] == stats["held_out"]["total"]["tokens_in"]
+
+
+def test_new_pieces_are_counted(
+    corpus: list[Path],
+    run: Prepare,
+    tmp_path: Path,
+    llama2_tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pieces, extended = tmp_path / "pieces.jsonl", tmp_path / "extended"
+    write_records(pieces, [{"piece": piece} for piece in ["河流", "学习", "江", "qzxq", "鑿"]])
+    flags = {
+        "source_tokenizer_dir": llama2_tokenizer_dir,
+        "target_tokenizer_dir": extended,
+        "expand_tokens_file": pieces,
+        "unreachable": "add",
+    }
+    monkeypatch.setattr("sys.argv", ["script", *(f"--{name}={value}" for name, value in flags.items())])
+    init_tokenizer.main()
+    new_rows = find_new_rows(extended)
+    assert new_rows == range(len(AutoTokenizer.from_pretrained(llama2_tokenizer_dir)), new_rows.stop)
+    assert len(AutoTokenizer.from_pretrained(extended)) == new_rows.stop
+
+    stats = run(corpus, tokenizer_dir=extended, held_out_share=SHARE)
+    arrow = tmp_path / "out" / "arrow"
+    found = Counter(
+        token for part in read_rows(arrow) for row in part for token in row["input_ids"] if token in new_rows
+    )
+    assert found
+    parts = find_part_directories([arrow])
+    counts = read_piece_counts(parts, new_rows)
+    assert counts is not None
+    assert counts.tolist() == [found[token] for token in new_rows]
+    assert stats["new_pieces"] == {
+        "pieces": len(new_rows),
+        "occurrences": found.total(),
+        "never": sum(found[token] == 0 for token in new_rows),
+        "under_10": sum(found[token] < 10 for token in new_rows),
+        "under_100": sum(found[token] < 100 for token in new_rows),
+    }
+    some = read_piece_counts(parts[:2], new_rows)
+    assert some is not None
+    assert 0 < some.sum() < counts.sum()
+    (parts[1] / "new_pieces.json").unlink()  # as an earlier version left it
+    assert read_piece_counts(parts, new_rows) is None
+    assert "new_pieces" not in run(corpus, "plain")
+    assert not list((tmp_path / "plain").rglob("new_pieces.json"))

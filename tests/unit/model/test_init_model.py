@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_cases import EMBEDDINGS, WORDS, change_source, read_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,102 +18,7 @@ from colossal_llama.model import init_model
 from colossal_llama.model.embedding_extension import RowPlan, mean_of_all_rows, plan_rows
 from colossal_llama.model.initializations import INITIALIZATIONS, mean
 from colossal_llama.model.model_extension import all_finite
-from colossal_llama.tokenizer import init_tokenizer
 from colossal_llama.utils.errors import UserError
-
-EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-WORDS = ["人工智能", "人工", "▁the moon", "图书馆", "é", " 人"]
-
-
-def run(module: Any, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> None:
-    """Calls a script's `main` with these flags."""
-    monkeypatch.setattr("sys.argv", ["script", *(f"--{name}={value}" for name, value in flags.items())])
-    module.main()
-
-
-@pytest.fixture
-def extend_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
-    def extend(source: Path, unreachable: str = "add") -> Path:
-        pieces, target = tmp_path / "pieces.jsonl", tmp_path / "tokenizer"
-        pieces.write_text("".join(json.dumps({"piece": word}) + "\n" for word in WORDS))
-        run(
-            init_tokenizer,
-            monkeypatch,
-            source_tokenizer_dir=source,
-            target_tokenizer_dir=target,
-            expand_tokens_file=pieces,
-            unreachable=unreachable,
-        )
-        return target
-
-    return extend
-
-
-@pytest.fixture
-def extend_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, torch.Tensor]]:
-    def extend(source: Path, tokenizer: Path, target: Path, **flags: Any) -> dict[str, torch.Tensor]:
-        run(
-            init_model,
-            monkeypatch,
-            source_model_and_tokenizer_path=source,
-            target_tokenizer_path=tokenizer,
-            target_model_path=target,
-            **flags,
-        )
-        return read_weights(target)
-
-    return extend
-
-
-def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors |= load_file(path)
-    for path in sorted(directory.glob("*.bin")):
-        tensors |= torch.load(path, weights_only=True)
-    return tensors
-
-
-def change_source(
-    source: Path,
-    target: Path,
-    dtype: torch.dtype = torch.float32,
-    extra_rows: int = 0,
-    tied: bool = False,
-    num_shards: int = 1,
-    bin: bool = False,
-) -> Path:
-    """A copy of a model in another dtype, padded, tied, sharded or as `.bin`."""
-    shutil.copytree(source, target)
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(target / "model.safetensors").items()}
-    (target / "model.safetensors").unlink()
-    config = json.loads((target / "config.json").read_text())
-    if extra_rows:
-        for name in EMBEDDINGS:
-            padding = torch.full((extra_rows, tensors[name].shape[1]), 0.25, dtype=dtype)
-            tensors[name] = torch.cat([tensors[name], padding])
-        config["vocab_size"] += extra_rows
-    if tied:
-        del tensors["lm_head.weight"]
-        config["tie_word_embeddings"] = True
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config))
-    names = sorted(tensors)
-    shards = [dict.fromkeys(names[i::num_shards]) for i in range(num_shards)]
-    stem, suffix = ("pytorch_model", ".bin") if bin else ("model", ".safetensors")
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        content = {name: tensors[name] for name in shard}
-        file = f"{stem}{suffix}" if num_shards == 1 else f"{stem}-{number:05d}-of-{num_shards:05d}{suffix}"
-        weight_map |= dict.fromkeys(shard, file)
-        if bin:
-            torch.save(content, target / file)
-        else:
-            save_file(content, target / file, metadata={"format": "pt"})
-    if num_shards > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (target / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
-    return target
 
 
 def subtokens(source: Path, tokenizer: Path) -> dict[int, list[int]]:
