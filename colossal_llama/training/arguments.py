@@ -51,6 +51,8 @@ def find_conflicts(settings: RunSettings) -> list[str]:
     problems.extend(settings.adaptation.conflicts(models))
     if data.eval_interval and not data.eval_dataset:
         problems.append(f"--eval_interval {data.eval_interval}: needs --eval_dataset")
+    if data.eval_at_start and not data.eval_dataset:
+        problems.append("--eval_at_start: needs --eval_dataset")
     if not output.benchmark:
         problems.extend(_find_unwritable(output))
     return problems

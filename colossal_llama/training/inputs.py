@@ -11,6 +11,7 @@ from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE
 from colossal_llama.training.data.prepared_rows import PreparedDataset, find_part_directories
 from colossal_llama.training.data.random_rows import RandomRows
 from colossal_llama.training.data.rows import RowDataset
+from colossal_llama.training.data.sets import set_directory, set_names
 from colossal_llama.training.llama.loading import load_config, load_tokenizer
 from colossal_llama.training.settings import RunSettings
 from colossal_llama.utils.errors import UserError
@@ -51,8 +52,11 @@ def open_inputs(settings: RunSettings) -> Inputs:
         raise UserError(f"--pad_token {wanted.pad_token}: the tokenizer has no such token; use the other one")
     fingerprint = tokenizer_fingerprint(tokenizer)
 
-    evaluation_paths = wanted.eval_dataset or []
-    flags = [("--dataset", wanted.dataset or []), *(("--eval_dataset", [path]) for path in evaluation_paths)]
+    evaluation_paths: dict[Path, list[Path]] = {}
+    for path in wanted.eval_dataset or []:
+        evaluation_paths.setdefault(set_directory(path), []).append(path)
+    flags = [("--dataset", wanted.dataset or [])]
+    flags += [("--eval_dataset", paths) for paths in evaluation_paths.values()]
     opened, problems = [], []
     for flag, paths in flags:
         try:
@@ -65,7 +69,7 @@ def open_inputs(settings: RunSettings) -> Inputs:
     if problems:
         raise UserError(problems)
     dataset, *evaluated = opened
-    evaluation_sets = dict(zip(map(str, evaluation_paths), evaluated, strict=True))
+    evaluation_sets = dict(zip(set_names(list(evaluation_paths)), evaluated, strict=True))
     return Inputs(config, tokenizer, pad_token_id, dataset, evaluation_sets)
 
 

@@ -16,9 +16,9 @@ from colossal_llama.dataset.labels import NO_LOSS_LABEL
 from colossal_llama.training.checkpoint.writer import CheckpointWriter, SaveReport
 from colossal_llama.training.data.collator import Collator
 from colossal_llama.training.data.loader import make_loader
-from colossal_llama.training.data.order import BatchShape, EvaluationSampler, RowOrder, StepSampler
-from colossal_llama.training.data.prepared_rows import PreparedDataset
+from colossal_llama.training.data.order import BatchShape, RowOrder, StepSampler
 from colossal_llama.training.data.rows import RowDataset
+from colossal_llama.training.evaluation import Evaluator, describe_evaluation, evaluation_figures
 from colossal_llama.training.llama.weight_checks import looks_untrained
 from colossal_llama.training.reporting.figures import RankFigures
 from colossal_llama.training.reporting.metrics import MetricsWriter
@@ -90,6 +90,13 @@ class TrainingLoop:
         self.last_record: dict[str, Any] = {}
         self.steps_without_loss = 0
         self.sets_without_loss: set[str] = set()
+        self.evaluator = Evaluator(
+            self.inputs.evaluation_sets,
+            self.plugin,
+            self.batch_shape,
+            self._make_collator,
+            self.inputs.tokenizer,
+        )
         self.started = time.perf_counter()
 
     def run(self) -> bool:
@@ -104,6 +111,8 @@ class TrainingLoop:
             )
         if state.evaluation_due and self.inputs.evaluation_sets:
             stopped = self._evaluate_again()
+        if state.step == 0 and self.settings.data.eval_at_start:
+            stopped = self._evaluate_at_start()
         while state.step < self.last_step and not stopped:
             outcome = self.step(batches)
             record, stopped = outcome.record, outcome.stop_requested
@@ -148,6 +157,8 @@ class TrainingLoop:
             )
         if "eval_loss" in self.last_record:
             rows.append(("evaluation loss", f"{self.last_record['eval_loss']:.4f}"))
+        if "eval_bits_per_byte" in self.last_record:
+            rows.append(("bits per byte", f"{self.last_record['eval_bits_per_byte']:.4f}"))
         if self.saves:
             paused = sum(report.pause_seconds for report in self.saves)
             rows.append(("checkpoints", f"{len(self.saves)}, training paused {paused:.1f} s for them"))
@@ -291,6 +302,14 @@ class TrainingLoop:
         interval = self.settings.data.eval_interval
         return epoch_ended if interval == 0 else self.state.step % interval == 0
 
+    def _evaluate_at_start(self) -> bool:
+        """What the model is worth before its first step, as the record of step 0; as `_evaluate`."""
+        record: dict[str, Any] = {"step": 0, "epoch": 0, "tokens": 0}
+        stopped = self._evaluate(record)
+        if self.metrics is not None and not stopped:
+            self.metrics.write(record)
+        return stopped
+
     def _evaluate_again(self) -> bool:
         """Makes up for the evaluation that the stop of the run has cut short; as `_evaluate`."""
         results: dict[str, Any] = {"step": self.state.step, "tokens": self.state.tokens}
@@ -300,51 +319,25 @@ class TrainingLoop:
         return stopped
 
     def _evaluate(self, record: dict[str, Any]) -> bool:
-        """Adds to the record: token-mean loss and perplexity over all evaluation sets together, and the loss
-        of each.
+        """Adds to the record what the evaluation sets say, all together and each.
 
         Returns:
             Whether a stop was asked for: then nothing is added, and `state.evaluation_due` stays.
         """
-        totals = torch.zeros(2, dtype=torch.float64)
-        results: dict[str, float] = {}
-        for name, dataset in self.inputs.evaluation_sets.items():
-            sums = self._evaluate_set(dataset)
-            if sums is None:
-                log(f"step {self.state.step}: the evaluation was cut short; the resumed run does it again")
-                return True
-            totals += sums
-            if not sums[1]:
-                if name not in self.sets_without_loss:
-                    warn(f"--eval_dataset {name}: no token of it has loss; it has no evaluation loss")
+        sums = self.evaluator.measure(lambda: self.stop.requested)
+        if sums is None:
+            log(f"step {self.state.step}: the evaluation was cut short; the resumed run does it again")
+            return True
+        for name, each in sums.items():
+            if not each.tokens and name not in self.sets_without_loss:
+                warn(f"--eval_dataset {name}: no token of it has loss; it has no evaluation loss")
                 self.sets_without_loss.add(name)
-            elif len(self.inputs.evaluation_sets) > 1:
-                results[f"eval_loss/{name}"] = float(sums[0] / sums[1])
-        if totals[1]:
-            loss = float(totals[0] / totals[1])
-            results.update(eval_loss=loss, eval_perplexity=math.exp(min(loss, 700.0)))
-            log(
-                f"step {self.state.step}: evaluation loss {loss:.4f}, perplexity "
-                f"{results['eval_perplexity']:.2f}"
-            )
-        record.update(results)
+        figures = evaluation_figures(sums)
+        if figures:
+            log(describe_evaluation(self.state.step, figures))
+        record.update(figures)
         self.state.evaluation_due = False
         return False
-
-    def _evaluate_set(self, dataset: PreparedDataset) -> torch.Tensor | None:
-        """[summed loss, tokens with loss] over a data set and all ranks; None when a stop was asked for."""
-        sampler = EvaluationSampler(len(dataset), self.batch_shape)
-        loader = make_loader(dataset, sampler, self._make_collator(dataset), 0, pin_memory=False)
-        loss_sum, num_labels = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        for batch in progress_bar(loader, total=len(sampler), desc="evaluate", leave=False):
-            if batch["problem"]:
-                raise UserError(batch["problem"], this_rank_only=True)
-            stop = torch.tensor([float(self.stop.requested)], dtype=torch.float64)
-            if self.plugin.sum_counts(stop).item() > 0:
-                return None
-            num_labels += int((batch["labels"] != NO_LOSS_LABEL).sum())
-            loss_sum += self.plugin.evaluate_pass(self.plugin.to_device(batch)).double().cpu()
-        return torch.cat([self.plugin.sum_losses(loss_sum), self.plugin.sum_counts(num_labels)]).cpu()
 
     def _save_is_due(self, epoch_ended: bool) -> bool:
         interval, step = self.settings.output.save_interval, self.state.step

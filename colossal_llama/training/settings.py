@@ -59,13 +59,16 @@ class DataSettings:
     )
     eval_dataset: list[Path] | None = flag(
         None,
-        "prepared data to evaluate on; off when not given",
+        "prepared data to evaluate on, each set by itself and all together; off when not given",
         nargs="+",
         type=existing_directory,
         on_resume=FREE,
     )
     eval_interval: int = flag(
         0, "optimizer steps between evaluations; 0 = epoch ends", type=non_negative_int, on_resume=FREE
+    )
+    eval_at_start: bool = flag(
+        False, "evaluate before the first step too: step 0 of the metrics and the curves", on_resume=FREE
     )
     max_length: int = flag(4096, "longest row, in tokens", type=number(int, 2, MAX_ROW_TOKENS))
     isolate_documents: bool = flag(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ LARGEST_WIDTH = 500.0
 # Fewer steps than this are drawn with a mark each, and not smoothed.
 FEW_STEPS = 20
 STEP_AXIS, TOKEN_AXIS = "optimizer step", "tokens seen"
+BITS = "eval_bits_per_byte"
+ALL_SETS = "all sets"
+# Of the held-out sets; blue, orange and green are those of the other panels.
+SET_COLOURS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray")
 
 
 @dataclass
@@ -34,11 +39,21 @@ class Curve:
     eval_steps: list[int]
     eval_tokens: list[int]
     eval_losses: list[float]
+    bits_per_byte: dict[str, tuple[list[int], list[float]]]  # held-out set -> steps and values
 
 
 def make_curve(records: list[dict[str, Any]], step_offset: int = 0, token_offset: int = 0) -> Curve:
-    losses = [record["loss"] for record in records]
     evaluated = [record for record in records if record.get("eval_loss") is not None]
+    bits_per_byte: dict[str, tuple[list[int], list[float]]] = {}
+    for record in evaluated:
+        for name, value in record.items():
+            figure, _, set_name = name.partition("/")
+            if figure == BITS and value is not None:
+                steps, values = bits_per_byte.setdefault(set_name or ALL_SETS, ([], []))
+                steps.append(step_offset + record["step"])
+                values.append(value)
+    records = [record for record in records if record.get("loss") is not None]
+    losses = [record["loss"] for record in records]
     return Curve(
         steps=[step_offset + record["step"] for record in records],
         tokens=[token_offset + record["tokens"] for record in records],
@@ -48,6 +63,7 @@ def make_curve(records: list[dict[str, Any]], step_offset: int = 0, token_offset
         eval_steps=[step_offset + record["step"] for record in evaluated],
         eval_tokens=[token_offset + record["tokens"] for record in evaluated],
         eval_losses=[record["eval_loss"] for record in evaluated],
+        bits_per_byte=bits_per_byte,
     )
 
 
@@ -77,10 +93,11 @@ def draw_curves(directory: Path) -> Path | None:
     """Writes `training_curves.png` from the metrics in a directory; returns its path, None without metrics.
 
     A first row of panels shows the run. One that started from an earlier run's weights has a second row, with
-    all stages joined.
+    all stages joined. Where held-out sets were evaluated, a last panel has the bits per byte of each.
     """
-    stages = [[record for record in records if "loss" in record] for records in read_all_stages(directory)]
-    if not stages[-1]:
+    stages = read_all_stages(directory)
+    has_losses = [any(record.get("loss") is not None for record in records) for records in stages]
+    if not has_losses[-1]:
         return None
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -88,21 +105,31 @@ def draw_curves(directory: Path) -> Path | None:
     except ImportError as error:
         warn(f"no {CURVES_FILE}: {error}")
         return None
-    stages = [records for records in stages if records]
+    stages = [records for records, has_loss in zip(stages, has_losses, strict=True) if has_loss]
     rows = [("", [make_curve(stages[-1])])]
     if len(stages) > 1:
         rows.append((f", {len(stages)} stages joined", join_stages(stages)))
-    figure = Figure(figsize=(16, 4.8 * len(rows)), layout="constrained")
+    set_names = list(
+        dict.fromkeys(name for _, curves in rows for curve in curves for name in curve.bits_per_byte)
+    )
+    num_panels = 4 if set_names else 3
+    figure = Figure(figsize=(16 / 3 * num_panels, 4.8 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, curves) in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
+    panels = figure.subplots(len(rows), num_panels, squeeze=False)
+    for axes, (title, curves) in zip(panels, rows, strict=True):
         _draw_losses(axes[0], curves, STEP_AXIS, f"Loss by step{title}")
         _draw_losses(axes[1], curves, TOKEN_AXIS, f"Loss by tokens{title}")
         _draw_learning_rate(axes[2], curves, f"Learning rate{title}")
+        if set_names:
+            _draw_bits_per_byte(axes[3], curves, set_names, f"Held-out text by step{title}")
     figure.suptitle(_headline(rows[0][1][0]), fontsize=11)
     # Beside the panels: inside, it would hide a part of some curve. Each label once, however many stages.
-    handles, labels = figure.axes[-3].get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False)
+    named = {}
+    for axis in (panels[-1, 1], *panels[-1, 3:]):
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    columns = min(len(named), 7)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False)
     path = directory / CURVES_FILE
     figure.savefig(path, dpi=110)
     return path
@@ -143,6 +170,28 @@ def _draw_learning_rate(axis: Axes, curves: list[Curve], title: str) -> None:
     axis.set_ylim(bottom=0)
     axis.set_ylabel("learning rate")
     axis.yaxis.set_major_formatter(lambda value, _: shorten_rate(value))
+    _finish(axis, curves, STEP_AXIS, title)
+
+
+def _draw_bits_per_byte(axis: Axes, curves: list[Curve], set_names: list[str], title: str) -> None:
+    """One line for each set, in the colour that it has in all stages; all sets together are dashed."""
+    alone = set_names == [ALL_SETS]
+    colours = dict(zip([name for name in set_names if name != ALL_SETS], cycle(SET_COLOURS)))
+    for curve in curves:
+        for name in set_names:
+            if name not in curve.bits_per_byte:
+                continue
+            is_sum = name == ALL_SETS and not alone
+            axis.plot(
+                *curve.bits_per_byte[name],
+                color="0.5" if is_sum else colours.get(name, SET_COLOURS[0]),
+                linestyle="--" if is_sum else "-",
+                linewidth=1 if is_sum else 1.6,
+                marker="o",
+                markersize=3.5,
+                label="bits per byte" if alone else f"bits per byte, {name}",
+            )
+    axis.set_ylabel("bits per byte of text")
     _finish(axis, curves, STEP_AXIS, title)
 
 

@@ -29,14 +29,16 @@ _TAGS = {
     "step_seconds": "throughput/step_seconds",
     "eval_loss": "eval/loss",
     "eval_perplexity": "eval/perplexity",
+    "eval_bits_per_byte": "eval/bits_per_byte",
 }
 _BY_TOKENS = {
     "loss": "train/loss_by_tokens",
     "lr": "train/learning_rate_by_tokens",
     "eval_loss": "eval/loss_by_tokens",
+    "eval_bits_per_byte": "eval/bits_per_byte_by_tokens",
 }
-# Loss of one evaluation set among several: eval_loss/<its path> -> eval/loss/<its path>.
-_ONE_SET = "eval_loss/"
+# Figures of one evaluation set among several: eval_loss/<set> -> eval/loss/<set>.
+_OF_ONE_SET = ("eval_loss/", "eval_bits_per_byte/")
 
 
 def read_metrics(
@@ -187,8 +189,9 @@ class MetricsWriter:
             if value is None:
                 continue
             tag = _TAGS.get(name)
-            if name.startswith(_ONE_SET):
-                tag = f"eval/loss/{name.removeprefix(_ONE_SET).strip('/')}"
+            if name.startswith(_OF_ONE_SET):
+                figure, _, set_name = name.partition("/")
+                tag = f"{_TAGS[figure]}/{set_name.strip('/')}"
             if tag is not None:
                 self._board.add_scalar(tag, value, record["step"])
             if name in _BY_TOKENS:

@@ -37,6 +37,7 @@ DEFAULTS = {
     "dataset": None,
     "eval_dataset": None,
     "eval_interval": 0,
+    "eval_at_start": False,
     "max_length": 4096,
     "isolate_documents": True,
     "bucketed": False,
@@ -111,6 +112,7 @@ FLAGS = [name for name, default in DEFAULTS.items() if default is False and name
 # What a flag needs beside it to be accepted.
 COMPANIONS = {
     "merge_lora": "--plugin zero2 --lora_rank 8",
+    "eval_at_start": "--eval_dataset .",
     "zero_cpu_offload": "--plugin 3d",
     "enable_sequence_parallelism": "--plugin 3d --tp 2",
 }
@@ -187,6 +189,7 @@ CONTRADICTIONS = [
     ("--use_neft --neft_alpha 0", "--neft_alpha 0", "leave --use_neft out"),
     ("--load_checkpoint latest", "--load_checkpoint latest", "leave it out"),
     ("--load_checkpoint /no/such/place", "--load_checkpoint /no/such/place", "no such directory"),
+    ("--plugin ddp --eval_at_start", "--eval_at_start", "needs --eval_dataset"),
     ("--dataset /no/such/place", "--dataset /no/such/place", "no such directory"),
     ("--eval_dataset /no/such/place", "--eval_dataset /no/such/place", "no such directory"),
 ]

@@ -37,6 +37,28 @@ def test_a_stage_begins_where_the_one_before_ended() -> None:
     assert (third.steps, third.tokens) == ([7], [247])
 
 
+def evaluate_sets(records: list[dict], **values: float) -> list[dict]:
+    """Adds an evaluation of sets to each record, and one before the first step."""
+    start = {"step": 0, "epoch": 0, "tokens": 0}
+    figures = {f"eval_bits_per_byte/{name}": value for name, value in values.items()}
+    figures |= {"eval_loss": 5.0, "eval_bits_per_byte": sum(values.values()) / len(values)}
+    return [{**record, **figures} for record in (start, *records)]
+
+
+def test_each_held_out_set_has_a_curve_from_the_start_of_each_stage() -> None:
+    first = evaluate_sets(make_records(2, 10), zh=2.0, en=1.0)
+    second = evaluate_sets(make_records(1, 10), zh=1.5)
+    curves = join_stages([first, second])
+    assert curves[0].bits_per_byte == {
+        "zh": ([0, 1, 2], [2.0] * 3),
+        "en": ([0, 1, 2], [1.0] * 3),
+        "all sets": ([0, 1, 2], [1.5] * 3),
+    }
+    assert curves[1].bits_per_byte == {"zh": ([2, 3], [1.5] * 2), "all sets": ([2, 3], [1.5] * 2)}
+    assert (curves[0].steps, curves[1].steps) == ([1, 2], [3])
+    assert (curves[0].eval_steps, curves[1].eval_steps) == ([0, 1, 2], [2, 3])
+
+
 def test_smoothing_follows_without_lag() -> None:
     values = np.linspace(5, 3, 600)
     noise = np.random.default_rng(0).normal(0, 0.1, 600)
@@ -95,6 +117,25 @@ def test_the_picture(tmp_path: Path) -> None:
         assert count_coloured(picture, green) > 10
         assert (count_coloured(picture, orange) > 0) == (name in ("evaluated", "stages"))
     assert heights == [heights[0], heights[0], 2 * heights[0], heights[0]]
+
+
+def test_old_and_new_language_share_a_panel(tmp_path: Path) -> None:
+    red, purple, grey = (214, 39, 40), (148, 103, 189), (127, 127, 127)
+    stages = [evaluate_sets(make_records(30, 1000), zh=2.0, en=1.0) for _ in range(2)]
+    write_metrics(tmp_path / "plain", [make_records(30, 1000, 10)])
+    write_metrics(tmp_path / "sets", stages)
+    one_set = [{**record, "eval_loss": 5.0, "eval_bits_per_byte": 2.0} for record in make_records(30, 1000)]
+    write_metrics(tmp_path / "one set", [one_set])
+    pictures = []
+    for name in ("plain", "sets", "one set"):
+        draw_curves(tmp_path / name)
+        pictures.append(matplotlib.image.imread(tmp_path / name / "training_curves.png"))
+    assert [picture.shape[1] / pictures[0].shape[1] for picture in pictures] == pytest.approx(
+        [1, 4 / 3, 4 / 3], abs=0.01
+    )
+    assert [count_coloured(picture, red) > 10 for picture in pictures] == [False, True, True]
+    assert [count_coloured(picture, purple) > 10 for picture in pictures] == [False, True, False]
+    assert count_coloured(pictures[1], grey) > 10
 
 
 def test_no_picture_without_metrics(tmp_path: Path) -> None:

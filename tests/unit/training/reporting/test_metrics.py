@@ -60,9 +60,16 @@ def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
 
 def test_scalars_are_grouped_by_step_and_by_tokens(tmp_path: Path) -> None:
     evaluated = {"eval_loss": 4.25, "eval_perplexity": 70.1, "eval_loss//data/zh/arrow": 4.5}
-    write(tmp_path, [make_record(1), make_record(2, **evaluated), make_record(3, loss_scale=1024.0)])
+    evaluated |= {"eval_bits_per_byte": 1.5, "eval_bits_per_byte/zh": 2.0}
+    at_start = {"step": 0, "epoch": 0, "tokens": 0, "eval_bits_per_byte": 2.5}
+    write(
+        tmp_path, [at_start, make_record(1), make_record(2, **evaluated), make_record(3, loss_scale=1024.0)]
+    )
     events = load_events(tmp_path)
     assert sorted(events.Tags()["scalars"]) == [
+        "eval/bits_per_byte",
+        "eval/bits_per_byte/zh",
+        "eval/bits_per_byte_by_tokens",
         "eval/loss",
         "eval/loss/data/zh/arrow",
         "eval/loss_by_tokens",
@@ -81,6 +88,9 @@ def test_scalars_are_grouped_by_step_and_by_tokens(tmp_path: Path) -> None:
     assert scalars(events, "train/learning_rate_by_tokens") == [(1000, 1e-4), (2000, 2e-4), (3000, 3e-4)]
     assert scalars(events, "eval/loss") == [(2, 4.25)]
     assert scalars(events, "eval/loss_by_tokens") == [(2000, 4.25)]
+    assert scalars(events, "eval/bits_per_byte") == [(0, 2.5), (2, 1.5)]
+    assert scalars(events, "eval/bits_per_byte/zh") == [(2, 2.0)]
+    assert scalars(events, "eval/bits_per_byte_by_tokens") == [(0, 2.5), (2000, 1.5)]
     assert scalars(events, "throughput/tokens_per_second") == [(1, 250.0), (2, 250.0), (3, 250.0)]
 
 
