@@ -64,11 +64,13 @@ def resolve_device(name: str) -> torch.device:
 def choose_dtype(
     name: str, device: torch.device, stored: torch.dtype | None, num_parameters: int
 ) -> torch.dtype:
-    """The dtype of `--dtype`; for "auto", what is exact and fits.
+    """The dtype of `--dtype`; for "auto", what is exact and fits; for "source", as the weights are stored.
 
     Args:
         stored: dtype of the weights on disk, where the configuration states it.
     """
+    if name == "source":
+        return stored or torch.float32
     if name != "auto":
         return torch_dtype(name)
     if device.type == "cuda":
@@ -90,18 +92,19 @@ def find_context_length(config: PretrainedConfig) -> int:
     return int(config.max_position_embeddings * factor)
 
 
-def load_model(settings: ModelSettings) -> LoadedModel:
+def load_model(settings: ModelSettings, flag: str = "--model_path") -> LoadedModel:
     """The model of `--model_path`; a LoRA adapter is merged into the base model that it names.
+
+    Args:
+        flag: the argument that named it, for messages.
 
     Raises:
         UserError: the device is not there, or something can't be loaded, or not completely.
     """
     name, trust_remote_code = settings.model_path, settings.trust_remote_code
     device = resolve_device(settings.device)
-    with loading_errors(f"--model_path {name}", name):
-        adapter_config = find_adapter_config_file(name)
-    base = name if adapter_config is None else _find_base_model(name, Path(adapter_config))
-    where = f"--model_path {name}" + ("" if adapter_config is None else f": base model {base}")
+    base, adapter_config = find_base(name, flag)
+    where = f"{flag} {name}" + ("" if adapter_config is None else f": base model {base}")
     with loading_errors(where, base):
         config = load_model_config(base, where, trust_remote_code)
         if Path(base).is_dir():
@@ -122,24 +125,40 @@ def load_model(settings: ModelSettings) -> LoadedModel:
         )
     _refuse_incomplete(where, report["missing_keys"])
     if adapter_config is not None:
-        model = _merge_adapter(model, name)
-        _add_adapter_ends(model, Path(adapter_config).parent)
+        model = _merge_adapter(model, name, flag)
+        _add_adapter_ends(model, adapter_config.parent, flag)
     with loading_errors(f"--device {settings.device}: {name}"):
         model.to(device)
-    tokenizer = load_tokenizer(settings.tokenizer_path, name, base, trust_remote_code)
+    tokenizer = load_tokenizer(settings.tokenizer_path, name, base, trust_remote_code, flag)
     return LoadedModel(model.eval(), tokenizer, find_context_length(model.config))
 
 
+def find_base(name: str, flag: str = "--model_path") -> tuple[str, Path | None]:
+    """Whose weights a model has: its own, or of a LoRA adapter its base model's, with the adapter's
+    configuration file.
+
+    Raises:
+        UserError: the adapter names no base model that is there.
+    """
+    with loading_errors(f"{flag} {name}", name):
+        adapter_config = find_adapter_config_file(name)
+    if adapter_config is None:
+        return name, None
+    return _find_base_model(name, Path(adapter_config), flag), Path(adapter_config)
+
+
 def load_tokenizer(
-    given: str | None, model: str, base: str, trust_remote_code: bool
+    given: str | None, model: str, base: str, trust_remote_code: bool, flag: str = "--model_path"
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `--tokenizer_path`, else the model's; an adapter may leave it to its base model."""
-    flag, name = "--tokenizer_path", given
+    model_flag, flag, name = flag, "--tokenizer_path", given
     if given is None:
-        flag = "--model_path"
+        flag = model_flag
         has_own = not Path(model).is_dir() or (Path(model) / "tokenizer_config.json").is_file()
         name = model if has_own else base
-    remedy = "" if given else "; name one with --tokenizer_path"
+    remedy = "; name one with --tokenizer_path"
+    if given or flag != "--model_path":
+        remedy = ""
     return load_pretrained_tokenizer(
         name,
         lambda error: (
@@ -177,39 +196,39 @@ def _refuse_incomplete(where: str, missing: list[str]) -> None:
         raise UserError(f"{where}: weights are missing from its files: {named}")
 
 
-def _find_base_model(adapter: str, config_file: Path) -> str:
+def _find_base_model(adapter: str, config_file: Path, flag: str) -> str:
     """The base model that an adapter names; `UserError` when it is a directory that is not there."""
     try:
         values = read_json_object(config_file)
         base = values["base_model_name_or_path"]
         return model_name(base)
     except UserError as error:
-        raise UserError(f"--model_path {adapter}: {error}; copy the adapter again") from None
+        raise UserError(f"{flag} {adapter}: {error}; copy the adapter again") from None
     except (KeyError, TypeError):
         problem = "names no base model"
     except ValueError as error:
         problem = f"base model {base}: {error}"
-    raise UserError(f"--model_path {adapter}: {config_file}: {problem}; set base_model_name_or_path in it")
+    raise UserError(f"{flag} {adapter}: {config_file}: {problem}; set base_model_name_or_path in it")
 
 
-def _add_adapter_ends(model: Any, directory: Path) -> None:
+def _add_adapter_ends(model: Any, directory: Path, flag: str) -> None:
     """An adapter that was trained on conversations says what ends an answer; its base model can't know."""
     if (directory / GENERATION_CONFIG_FILE).is_file():
-        with loading_errors(f"--model_path {directory}"):
+        with loading_errors(f"{flag} {directory}"):
             ends = GenerationConfig.from_pretrained(directory).eos_token_id
         if ends is not None:
             model.generation_config.eos_token_id = ends
 
 
-def _merge_adapter(model: PreTrainedModel, adapter: str) -> Any:
+def _merge_adapter(model: PreTrainedModel, adapter: str, flag: str) -> Any:
     from peft import PeftConfig, get_peft_model
 
-    with loading_errors(f"--model_path {adapter}", adapter):
+    with loading_errors(f"{flag} {adapter}", adapter):
         adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter))
         # peft prefers a GPU of its own choice.
         report = adapted.load_adapter(adapter, "default", torch_device="cpu")
-        _refuse_incomplete(f"--model_path {adapter}", [key for key in report.missing_keys if "lora_" in key])
+        _refuse_incomplete(f"{flag} {adapter}", [key for key in report.missing_keys if "lora_" in key])
         if report.unexpected_keys:
             names = ", ".join(sorted(report.unexpected_keys)[:MAX_NAMED_TENSORS])
-            raise UserError(f"--model_path {adapter}: its base model has no place for {names}")
+            raise UserError(f"{flag} {adapter}: its base model has no place for {names}")
         return adapted.merge_and_unload()

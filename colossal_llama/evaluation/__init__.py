@@ -1,0 +1,1 @@
+"""Models compared on held-out text: bits per byte, whatever their tokenizers."""
