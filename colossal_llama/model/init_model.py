@@ -178,6 +178,7 @@ def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, ex
             "pad_to_multiple_of": settings.pad_to_multiple_of,
             **_ways(settings),
             **{f"{kind}_rows": plan.count(kind) for kind in ("kept", "new", "padding")},
+            **({"calibrated_rows": len(extension.shift.rows)} if extension.shift is not None else {}),
         },
     )
     (target / CONFIG_FILE).unlink(missing_ok=True)

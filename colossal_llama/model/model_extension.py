@@ -51,6 +51,32 @@ class ModelLayout:
 
 
 @dataclass(frozen=True)
+class RowShift:
+    """Biases that are put into output rows: row + bias × direction.
+
+    Attributes:
+        rows: the rows, without gaps.
+        biases: one for each, fp32.
+        direction: [hidden], fp32.
+    """
+
+    rows: range
+    biases: torch.Tensor
+    direction: torch.Tensor
+
+    def of(self, start: int, stop: int) -> torch.Tensor:
+        """What is added to rows `start` to `stop`, in fp32."""
+        import torch
+
+        wanted = torch.zeros(stop - start)
+        first, last = max(start, self.rows.start), min(stop, self.rows.stop)
+        if first < last:
+            part = slice(first - self.rows.start, last - self.rows.start)
+            wanted[first - start : last - start] = self.biases[part]
+        return wanted[:, None] * self.direction
+
+
+@dataclass(frozen=True)
 class Extension:
     """What becomes of a model's tensors.
 
@@ -59,6 +85,8 @@ class Extension:
         dtype: safetensors dtype of the floating-point tensors; None keeps each one's own.
         init_input, init_output: how new rows are made, names in `INITIALIZATIONS`.
         untie: the output head, so far the input embeddings, becomes a matrix of its own.
+        shift: what is added to rows of the output head; None for nothing.
+        head: the tensor that is the output head, `EMBEDDING` where it is tied.
     """
 
     plan: RowPlan
@@ -66,6 +94,8 @@ class Extension:
     init_input: str = DEFAULT_INITIALIZATION
     init_output: str = DEFAULT_INITIALIZATION
     untie: bool = False
+    shift: RowShift | None = None
+    head: str = OUTPUT_HEAD
 
     def way(self, name: str) -> str:
         """How new rows of a matrix are made."""
@@ -74,6 +104,31 @@ class Extension:
     def origin(self, name: str) -> str:
         """The source's tensor that a tensor is made from."""
         return EMBEDDING if self.untie and name == OUTPUT_HEAD else name
+
+    def shifts(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """What is added to rows `start` to `stop` of a matrix, in fp32; None for nothing."""
+        # A tied model may hold the head as well, as a copy that has to stay one.
+        is_head = name in (OUTPUT_HEAD, self.head)
+        if (
+            self.shift is None
+            or not is_head
+            or not (start < self.shift.rows.stop and self.shift.rows.start < stop)
+        ):
+            return None
+        return self.shift.of(start, stop)
+
+    def segments(self, name: str) -> list[tuple[str, int, int]]:
+        """The rows of a matrix in order: those of the plan, kept ones that are shifted apart as "shifted"."""
+        segments = []
+        for kind, start, stop in self.plan.segments:
+            if kind != "kept" or self.shifts(name, start, stop) is None:
+                segments.append((kind, start, stop))
+                continue
+            assert self.shift is not None
+            first, last = max(start, self.shift.rows.start), min(stop, self.shift.rows.stop)
+            parts = [("kept", start, first), ("shifted", first, last), ("kept", last, stop)]
+            segments += [part for part in parts if part[1] < part[2]]
+        return segments
 
     def targets(self, tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
         """What the tensors of a source shard become."""
@@ -194,18 +249,20 @@ def _write_embedding(
     plan, origin = extension.plan, shard.tensors[extension.origin(tensor.name)]
     source_rows, hidden = origin.shape
     matrix = shard.read(origin.name, 0, source_rows * hidden).view(source_rows, hidden)
-    for kind, start, stop in plan.segments:
+    for kind, start, stop in extension.segments(tensor.name):
         if kind == "kept" and origin.dtype == tensor.dtype:
             shard.copy(origin.name, start * hidden, stop * hidden, output)
             continue
         for first in range(start, stop, _NEW_ROWS_PER_STEP):
             last = min(first + _NEW_ROWS_PER_STEP, stop)
-            if kind == "kept":
+            if kind in ("kept", "shifted"):
                 rows = matrix[first:last]
             elif kind == "new":
                 rows = plan.new_rows(matrix, first, last, extension.way(tensor.name))
             else:
                 rows = mean_of_all_rows(matrix, plan.num_source_tokens).expand(last - first, hidden)
+            if kind != "kept" and (shift := extension.shifts(tensor.name, first, last)) is not None:
+                rows = rows.float() + shift
             write_tensor(_converted(rows, tensor), output)
 
 
@@ -262,7 +319,7 @@ def _check_embedding(
     source_rows, hidden = origin.shape
     matrix = shard.read(origin.name, 0, source_rows * hidden).view(source_rows, hidden)
     rows_per_step = max(1, CHUNK_BYTES // (4 * hidden))
-    for kind, start, stop in plan.segments:
+    for kind, start, stop in extension.segments(tensor.name):
         for first in range(start, stop, rows_per_step):
             last = min(first + rows_per_step, stop)
             rows = result.read(tensor.name, first * hidden, last * hidden).view(last - first, hidden)
@@ -272,10 +329,15 @@ def _check_embedding(
                 right = torch.equal(rows.view(torch.uint8), kept.view(torch.uint8))
             else:
                 right = all_finite(rows)
-            if right and kind == "new":
+            if right and kind in ("new", "shifted"):
                 # A few of each step by another way: one row at a time, in float64.
                 for row in {first, (first + last) // 2, last - 1}:
-                    right = right and _close(rows[row - first], plan.new_row_alone(matrix, row, way))
+                    alone = matrix[row].double()
+                    if kind == "new":
+                        alone = plan.new_row_alone(matrix, row, way)
+                    if (shift := extension.shifts(tensor.name, row, row + 1)) is not None:
+                        alone = alone + shift[0].double()
+                    right = right and _close(rows[row - first], alone)
             if not right:
                 raise UserError(
                     f"{tensor.name}: rows {first:,} to {last - 1:,} are not what they should be; "

@@ -108,6 +108,35 @@ def calibrate(
     )
 
 
+def token_losses(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    old_rows: torch.Tensor,
+    new_rows: torch.Tensor,
+    new_ids: range,
+    old_normalizers: torch.Tensor,
+) -> torch.Tensor:
+    """The loss at each position, in nats, fp64 [positions]: new rows are tried without the old ones' logits.
+
+    Args:
+        targets: the token that follows, int64 [positions].
+        old_rows: rows of the head before `new_ids`.
+        old_normalizers: `normalizers` of all rows that are not new.
+    """
+    import torch
+
+    losses = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
+    is_new = (targets >= new_ids.start) & (targets < new_ids.stop)
+    for part, logits in _logits(hidden, new_rows):
+        normalizer = torch.logaddexp(old_normalizers[part], logits.double().logsumexp(1))
+        new, wanted = is_new[part], targets[part]
+        of_new = logits.gather(1, (wanted - new_ids.start).clamp(0, len(new_ids) - 1)[:, None])[:, 0]
+        rows = old_rows[wanted.masked_fill(new, 0)].to(hidden.dtype)
+        of_old = (hidden[part] * rows).float().sum(1)
+        losses[part] = normalizer - torch.where(new, of_new, of_old).double()
+    return losses
+
+
 def _logits(hidden: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """(positions, logits [positions, rows] in fp32), a stretch of positions at a time."""
     step = max(1, LOGITS_AT_ONCE // max(1, len(rows)))
