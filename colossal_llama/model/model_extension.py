@@ -332,9 +332,8 @@ def _check_embedding(
             if right and kind in ("new", "shifted"):
                 # A few of each step by another way: one row at a time, in float64.
                 for row in {first, (first + last) // 2, last - 1}:
-                    alone = matrix[row].double()
-                    if kind == "new":
-                        alone = plan.new_row_alone(matrix, row, way)
+                    is_new = kind == "new"
+                    alone = plan.new_row_alone(matrix, row, way) if is_new else matrix[row].double()
                     if (shift := extension.shifts(tensor.name, row, row + 1)) is not None:
                         alone = alone + shift[0].double()
                     right = right and _close(rows[row - first], alone)
