@@ -30,6 +30,8 @@ SCRIPTS = (
     "colossal_llama/tokenizer/init_tokenizer.py",
     "colossal_llama/tokenizer/compare_tokenizers.py",
     "colossal_llama/model/init_model.py",
+    "colossal_llama/model/calibrate_output.py",
+    "colossal_llama/model/measure_init.py",
     "colossal_llama/model/merge_models.py",
     "prepare_pretrain_dataset.py",
     "prepare_sft_dataset.py",

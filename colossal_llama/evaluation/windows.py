@@ -65,10 +65,10 @@ class EncodedDocument:
 class TextEncoder:
     """Encodes texts as data preparation does, and knows where in the text each token ends."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str, flag: str = "--models") -> None:
         from tokenizers import Tokenizer
 
-        where = f"--models {model}: its tokenizer"
+        where = f"{flag} {model}: its tokenizer"
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise UserError(f"{where} is not a fast one; convert it with transformers first")
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:

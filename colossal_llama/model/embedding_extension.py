@@ -30,28 +30,32 @@ class RowPlan:
         num_source_tokens: source rows that belong to a token; their mean fills padding rows.
         segments: (kind, start, stop), in order and without gaps; kind is "kept", "new" or "padding".
         subtokens: id of a new token -> the source ids that its row is made from.
-        initialization: how new rows are made, a name in `INITIALIZATIONS`.
     """
 
     num_rows: int
     num_source_tokens: int
     segments: Sequence[tuple[str, int, int]]
     subtokens: Mapping[int, Sequence[int]]
-    initialization: str = DEFAULT_INITIALIZATION
 
     def count(self, kind: str) -> int:
         return sum(stop - start for name, start, stop in self.segments if name == kind)
 
-    def new_rows(self, matrix: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """New rows `start` to `stop`, made from the source's `matrix` [rows, hidden], in fp32."""
-        return INITIALIZATIONS[self.initialization](
-            matrix, [self.subtokens[row] for row in range(start, stop)]
-        )
+    def new_rows(
+        self, matrix: torch.Tensor, start: int, stop: int, way: str = DEFAULT_INITIALIZATION
+    ) -> torch.Tensor:
+        """New rows `start` to `stop`, made from the source's `matrix` [rows, hidden], in fp32.
 
-    def new_row_alone(self, matrix: torch.Tensor, row: int) -> torch.Tensor:
-        """One new row by another way, in fp64 and from a matrix of nothing but its sub-tokens' rows."""
+        Args:
+            way: how, a name in `INITIALIZATIONS`.
+        """
+        return INITIALIZATIONS[way](matrix, [self.subtokens[row] for row in range(start, stop)])
+
+    def new_row_alone(
+        self, matrix: torch.Tensor, row: int, way: str = DEFAULT_INITIALIZATION
+    ) -> torch.Tensor:
+        """One new row by another road, in fp64 and from a matrix of nothing but its sub-tokens' rows."""
         ids = list(self.subtokens[row])
-        return INITIALIZATIONS[self.initialization](matrix[ids].double(), [range(len(ids))])[0]
+        return INITIALIZATIONS[way](matrix[ids].double(), [range(len(ids))])[0]
 
 
 def plan_rows(
@@ -60,7 +64,6 @@ def plan_rows(
     source_rows: int,
     pad_to_multiple_of: int,
     encode: Callable[[Sequence[str]], list[list[int]]],
-    initialization: str = DEFAULT_INITIALIZATION,
 ) -> RowPlan:
     """Decides for every target row where it comes from.
 
@@ -69,7 +72,6 @@ def plan_rows(
         source_rows: rows of the source's matrices; more than its tokens if they are padded.
         pad_to_multiple_of: the number of target rows is rounded up to a multiple of this.
         encode: tokens -> the source ids of each one's text.
-        initialization: how new rows are made, a name in `INITIALIZATIONS`.
 
     Raises:
         UserError: an id changes its meaning, or disappears.
@@ -118,7 +120,7 @@ def plan_rows(
                 f"token {target_tokens[row]!r} (id {row}) is no text that the source has embeddings for "
                 f"(sub-tokens {ids}, {source_rows:,} rows); rename it in the target tokenizer"
             )
-    return RowPlan(num_rows, min(len(source_tokens), source_rows), segments, subtokens, initialization)
+    return RowPlan(num_rows, min(len(source_tokens), source_rows), segments, subtokens)
 
 
 def mean_of_all_rows(matrix: torch.Tensor, num_rows: int, chunk_rows: int = 4096) -> torch.Tensor:

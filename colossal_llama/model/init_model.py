@@ -1,4 +1,4 @@
-"""Extends a LLaMA's embeddings to an extended tokenizer: each new row is the mean of its sub-tokens' rows.
+"""Extends a LLaMA's embeddings to an extended tokenizer: each new row is made from its sub-tokens' rows.
 
 All other weights are copied unchanged. The target directory holds a complete model with its tokenizer and may
 be the tokenizer's directory, never the source's.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colossal_llama.model.initializations import DEFAULT_INITIALIZATION, INITIALIZATIONS
 from colossal_llama.model.model_config import CONFIG_FILE
 from colossal_llama.model.model_output import (
     copy_generation_config,
@@ -58,6 +59,16 @@ class ModelSettings:
         "round the number of embedding rows up to a multiple of this; 1 adds no padding",
         type=positive_int,
     )
+    init_input: str = flag(
+        DEFAULT_INITIALIZATION,
+        "how new rows of the input embeddings are made from the rows of the piece's sub-tokens",
+        choices=tuple(INITIALIZATIONS),
+    )
+    init_output: str = flag(
+        DEFAULT_INITIALIZATION,
+        "the same for the output head; where it differs from --init_input, tied embeddings are untied",
+        choices=tuple(INITIALIZATIONS),
+    )
     overwrite: bool = flag(
         False,
         "replace a model or tokenizer in the target directory that this script did not make; what it made "
@@ -91,11 +102,15 @@ def _check_directories(settings: ModelSettings) -> list[str]:
 
 
 def main() -> None:
-    settings = parse_settings(build_parser(), ModelSettings)
+    extend_model(parse_settings(build_parser(), ModelSettings))
 
+
+def extend_model(settings: ModelSettings) -> None:
+    """Writes the extended model, and reports its rows."""
+    from colossal_llama.model.dtypes import FLOAT_FLAGS
     from colossal_llama.model.embedding_extension import plan_rows
     from colossal_llama.model.model_config import read_model_config
-    from colossal_llama.model.model_extension import check_embeddings, read_layout
+    from colossal_llama.model.model_extension import Extension, check_embeddings, read_layout
     from colossal_llama.model.weight_files import find_shards
     from colossal_llama.tokenizer.subtokens import encode_tokens, token_table
     from colossal_llama.tokenizer.tokenizer_files import read_tokenizer_files
@@ -105,7 +120,8 @@ def main() -> None:
     source_tokenizer = read_tokenizer_files(source, "--source_model_and_tokenizer_path")
     target_tokenizer = read_tokenizer_files(settings.target_tokenizer_path, "--target_tokenizer_path")
     layout = read_layout(find_shards(source, "--source_model_and_tokenizer_path"))
-    rows, _ = check_embeddings(layout, bool(config.get("tie_word_embeddings", False)), source)
+    tied = bool(config.get("tie_word_embeddings", False))
+    rows, hidden = check_embeddings(layout, tied, source)
     plan = plan_rows(
         token_table(source_tokenizer),
         token_table(target_tokenizer),
@@ -113,21 +129,30 @@ def main() -> None:
         settings.pad_to_multiple_of,
         lambda tokens: encode_tokens(source_tokenizer, tokens),
     )
-    write_model(settings, config, layout, plan)
+    extension = Extension(
+        plan,
+        FLOAT_FLAGS.get(settings.dtype),
+        settings.init_input,
+        settings.init_output,
+        untie=tied and settings.init_input != settings.init_output,
+    )
+    if extension.untie:
+        log(
+            f"--init_input {settings.init_input} and --init_output {settings.init_output} differ: the output "
+            f"head, so far the input embeddings, becomes a matrix of its own; {plan.num_rows * hidden:,} "
+            "parameters more to keep and to train"
+        )
+    write_model(settings, config, layout, extension)
     summarise(settings, rows, plan)
 
 
-def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, plan: Any) -> None:
+def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, extension: Any) -> None:
     """Writes how it is made, shards, tokenizer and generation config, index, and `config.json` last of all.
 
     Without `config.json` nothing loads the directory, so a killed run never looks finished.
     """
-    from colossal_llama.model.dtypes import FLOAT_FLAGS, torch_name
-    from colossal_llama.model.model_extension import (
-        index_of,
-        target_tensor,
-        write_shard,
-    )
+    from colossal_llama.model.dtypes import torch_name
+    from colossal_llama.model.model_extension import index_of, write_shard
     from colossal_llama.model.weight_files import (
         SAFETENSORS_INDEX,
         SAFETENSORS_SINGLE,
@@ -137,15 +162,11 @@ def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, pl
     from colossal_llama.upstream.newer_model_config import earlier_names
     from colossal_llama.utils.files import sync_directory, write_json
 
-    target = settings.target_model_path
-    dtype = FLOAT_FLAGS.get(settings.dtype)
+    target, plan, dtype = settings.target_model_path, extension.plan, extension.dtype
     names = {path: output_name(path) for path in layout.shards}
     if len(names) == 1:  # also of an index of one shard: written without an index, no other name is found
         names = dict.fromkeys(names, SAFETENSORS_SINGLE)
-    total = sum(
-        sum_bytes(target_tensor(tensor, plan, dtype) for tensor in tensors.values())
-        for tensors in layout.shards.values()
-    )
+    total = sum(sum_bytes(extension.targets(tensors.values())) for tensors in layout.shards.values())
     expected = {*names.values(), *([SAFETENSORS_INDEX] if len(names) > 1 else [])}
     refuse_other_weights(target, "--target_model_path", expected)
     target.resolve().mkdir(parents=True, exist_ok=True)
@@ -155,7 +176,9 @@ def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, pl
         {
             "dtype": settings.dtype,
             "pad_to_multiple_of": settings.pad_to_multiple_of,
+            **_ways(settings),
             **{f"{kind}_rows": plan.count(kind) for kind in ("kept", "new", "padding")},
+            **({"calibrated_rows": len(extension.shift.rows)} if extension.shift is not None else {}),
         },
     )
     (target / CONFIG_FILE).unlink(missing_ok=True)
@@ -164,7 +187,7 @@ def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, pl
     try:
         with progress_bar(total=total, unit="B", unit_scale=True, desc="weights") as bar:
             for path, name in names.items():
-                written[name] = write_shard(path, target / name, plan, dtype, bar.update)
+                written[name] = write_shard(path, target / name, extension, bar.update)
     except BaseException:
         if not weight_names(target):
             (target / INITIALIZATION_FILE).unlink()
@@ -176,12 +199,20 @@ def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, pl
     if pad_token_id is not None and pad_token_id >= config.get("vocab_size", 0):
         config = {**config, "pad_token_id": None}  # none so far; a new row has that number now
     config = {**config, **earlier_names(config), "vocab_size": plan.num_rows}
+    if extension.untie:
+        config["tie_word_embeddings"] = False
     if dtype is not None:
         config["torch_dtype"] = torch_name(dtype)
         if "dtype" in config:
             config["dtype"] = torch_name(dtype)
     sync_directory(target)
     write_json(target / CONFIG_FILE, config)
+
+
+def _ways(settings: ModelSettings) -> dict[str, str]:
+    """How new rows are made, where it is not as by default."""
+    ways = {"init_input": settings.init_input, "init_output": settings.init_output}
+    return {} if set(ways.values()) == {DEFAULT_INITIALIZATION} else ways
 
 
 def _copy_small_files(settings: ModelSettings) -> None:
@@ -207,7 +238,7 @@ def summarise(settings: ModelSettings, source_rows: int, plan: Any) -> None:
         table.append(("sub-tokens a new row, mean", sum(lengths) / len(lengths)))
         table.append(("sub-tokens a new row, most", max(lengths)))
     log(format_table(["embeddings", "count"], table))
-    log("Checked: kept rows equal the source's, new rows are finite and samples of them equal their means")
+    log("Checked: kept rows equal the source's, new rows are finite, and samples are right when made alone")
     log(f"Model: {settings.target_model_path}")
 
 

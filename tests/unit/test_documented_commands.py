@@ -189,8 +189,14 @@ def test_commands_in_documents(document: Path, capsys: pytest.CaptureFixture) ->
             assert words in checked or is_unparsed(words), f"neither parsed nor known: {shlex.join(words)}"
         if words[0] in ("bash", "sbatch") and not words[1].startswith("-"):
             assert (ROOT / words[1]).is_file(), words
-    if document.name == "README.md" and document.parent == ROOT:
-        assert {script_and_arguments(words)[0] for words in checked} == set(ARGUMENTS.SCRIPTS)
+
+
+def test_every_script_is_shown() -> None:
+    commands = [
+        words for document in DOCUMENTS for block in shell_blocks(document) for words in split_commands(block)
+    ]
+    shown = {found[0] for words in commands if (found := script_and_arguments(words))}
+    assert set(ARGUMENTS.SCRIPTS) <= shown
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,52 @@ def test_every_form_of_source(
         assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.parametrize(
+    "shape", [{}, {"tied": True}, {"tied": True, "num_shards": 3}, {"bin": True, "extra_rows": 12}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_input_and_output_rows_apart(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    extend_tokenizer: Callable,
+    extend_model: Callable,
+    shape: dict[str, Any],
+    dtype: torch.dtype,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Each matrix has rows of its own making; tied ones are untied, which is logged with its cost."""
+    from transformers import AutoModelForCausalLM
+
+    source = change_source(tiny_model_dir, tmp_path / "source", dtype, **shape)
+    tokenizer = extend_tokenizer(source)
+    target = extend_model(source, tokenizer, tmp_path / "target", init_input="last", init_output="first")
+    means = subtokens(source, tokenizer)
+    old = read_weights(source)
+    old.setdefault("lm_head.weight", old["model.embed_tokens.weight"])
+    assert target.keys() == old.keys()
+    for name, place in (("model.embed_tokens.weight", -1), ("lm_head.weight", 0)):
+        assert torch.equal(target[name][:500], old[name][:500])
+        for row, ids in means.items():
+            assert torch.equal(target[name][row], old[name][ids[place]])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target", torch_dtype="auto")
+    assert torch.equal(model.lm_head.weight, target["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, target["model.embed_tokens.weight"])
+    cost = f"{target['lm_head.weight'].numel():,} parameters more"
+    assert (cost in "".join(capsys.readouterr())) == shape.get("tied", False)
+    record = json.loads((tmp_path / "target" / "model_initialization.json").read_text())
+    assert (record["init_input"], record["init_output"]) == ("last", "first")
+
+
+def test_a_tied_model_stays_tied_where_both_are_made_alike(
+    tiny_model_dir: Path, tmp_path: Path, extend_tokenizer: Callable, extend_model: Callable
+) -> None:
+    source = change_source(tiny_model_dir, tmp_path / "source", tied=True)
+    ways = {"init_input": "rescaled", "init_output": "rescaled"}
+    target = extend_model(source, extend_tokenizer(source), tmp_path / "target", **ways)
+    assert "lm_head.weight" not in target
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
 def test_byte_level_model(
     llama3_tokenizer_dir: Path,
     root: Path,
@@ -493,21 +539,20 @@ def test_means_against_float64(dtype: torch.dtype) -> None:
 def test_another_initialization_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """It gets what it needs both for a whole step's rows and for the check of single ones."""
 
-    def last(matrix: torch.Tensor, subtokens: list[list[int]]) -> torch.Tensor:
-        return matrix[[ids[-1] for ids in subtokens]].to(torch.promote_types(matrix.dtype, torch.float32))
+    def second(matrix: torch.Tensor, subtokens: list[list[int]]) -> torch.Tensor:
+        return matrix[[ids[1] for ids in subtokens]].to(torch.promote_types(matrix.dtype, torch.float32))
 
-    monkeypatch.setitem(INITIALIZATIONS, "last", last)
+    monkeypatch.setitem(INITIALIZATIONS, "second", second)
     matrix = torch.randn(4, 8).bfloat16()
     plan = plan_rows(
         dict(enumerate("abcd")),
         dict(enumerate("abcdef")),
         4,
         1,
-        lambda tokens: [[0, 3], [2, 2, 1]],
-        initialization="last",
+        lambda tokens: [[0, 3], [2, 1, 2]],
     )
-    assert torch.equal(plan.new_rows(matrix, 4, 6), matrix[[3, 1]].float())
-    assert torch.equal(plan.new_row_alone(matrix, 5), matrix[1].double())
+    assert torch.equal(plan.new_rows(matrix, 4, 6, "second"), matrix[[3, 1]].float())
+    assert torch.equal(plan.new_row_alone(matrix, 5, "second"), matrix[1].double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
