@@ -57,6 +57,7 @@ class FakePlugin:
     """One process of a layout: slices of the parameters, and an optimizer that has done nothing."""
 
     device = torch.device("cpu")
+    new_ids: range | None = None
 
     def __init__(self, loaded, vocab_size: int, tensor: int, part: int, zero: int, index: int, padding: int):
         config = SimpleNamespace(vocab_size=vocab_size, tie_word_embeddings=False)
@@ -78,6 +79,9 @@ class FakePlugin:
 
     def master_weights(self):
         return self.masters
+
+    def slice_begin(self, parameter: torch.Tensor, master: torch.Tensor) -> int:
+        return self.place.zero_rank * master.numel()
 
     def optimizer_step_count(self, steps: float, parameter: torch.Tensor) -> float:
         return steps
