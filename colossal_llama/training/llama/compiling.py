@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from colossal_llama.training.llama.attention import attend
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
@@ -68,9 +70,12 @@ def compile_layers(model: LlamaForCausalLM, lengths_vary: bool, uses_flash: bool
     torch._dynamo.config.optimize_ddp = False
     # Dropout draws the numbers that it draws uncompiled, from the generators that checkpoints hold.
     torch._inductor.config.fallback_random = True
+    # Outside of the graphs, where the number of documents is no part of their shapes; one function for all
+    # layers, or each would have graphs of its own.
+    attend_uncompiled = torch.compiler.disable(attend)
     for layer in model.model.layers:
-        if uses_flash:  # outside of the graphs, where the number of documents is no part of their shapes
-            layer.self_attn.attend = torch.compiler.disable(layer.self_attn.attend)
+        if uses_flash:
+            layer.self_attn.attend = attend_uncompiled
         layer.compile(dynamic=lengths_vary)
 
 

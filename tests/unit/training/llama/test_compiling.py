@@ -94,10 +94,10 @@ KERNEL = FlashKernel("stand-in", False, flash_in_eager_mode)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("lengths_vary", "kernel", "most_graphs"),
-    [(False, None, 2), (True, None, 4), (False, KERNEL, 3), (True, KERNEL, 3)],
+    [(False, None, 2), (True, None, 4), (False, KERNEL, 4), (True, KERNEL, 4)],
 )
 def test_documents_and_lengths_make_no_graphs_without_end(lengths_vary, kernel, most_graphs):
-    """Twelve layers share what one needs: with a mask and without, the parts before and after a kernel."""
+    """Twelve layers share what one needs: with a mask and without, the parts around a kernel."""
     from transformers import LlamaForCausalLM
 
     torch._dynamo.reset()
