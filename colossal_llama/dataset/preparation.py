@@ -23,6 +23,7 @@ from colossal_llama.dataset.bins import part_name, write_bin
 from colossal_llama.dataset.encode_stage import EncodedShards, check_bad_records, encode_shards
 from colossal_llama.dataset.encoders import find_encoder
 from colossal_llama.dataset.encoders.base import EncoderSpec
+from colossal_llama.dataset.engine_choice import find_candidate, packages_of, settle_engine
 from colossal_llama.dataset.output import OutputPaths, claim_output
 from colossal_llama.dataset.piece_counts import read_piece_counts, summarise_counts
 from colossal_llama.dataset.settings import PreparationSettings
@@ -49,6 +50,7 @@ def prepare(settings: PreparationSettings) -> None:
     started = time.monotonic()
     paths, rows = settings.paths, settings.rows
     output = OutputPaths.of_settings(paths)
+    engine = find_candidate(settings.workers.tokenizer_engine)
     workers = open_workers(
         settings.workers.ray_address, settings.workers.num_workers, [encode_shard, write_bin]
     )
@@ -60,6 +62,7 @@ def prepare(settings: PreparationSettings) -> None:
         workers.check_storage(
             _output_dirs(output, rows.held_out_share),
             [file for directory in files for file in directory],
+            packages_of(engine),
         )
         spec, tokenizer = _make_spec(settings, output)
         new_rows = find_new_rows(paths.tokenizer_dir)
@@ -70,7 +73,7 @@ def prepare(settings: PreparationSettings) -> None:
         encoded = encode_shards(
             workers,
             shards,
-            spec,
+            settle_engine(engine, spec, shards),
             output.cache_dir / "shards",
             settings.skip_bad_records,
             rows.held_out_share,

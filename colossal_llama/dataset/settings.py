@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 from colossal_llama.conversation import TEMPLATES
 from colossal_llama.corpus.storage import is_url
 from colossal_llama.dataset.encoders import LONG_DOCUMENTS
+from colossal_llama.dataset.engines import ENGINES
 from colossal_llama.utils.arguments import (
     MAX_ROW_TOKENS,
     directory_list,
@@ -108,6 +109,13 @@ class WorkerSettings:
         "none",
         "where the work runs: none (this machine), local, auto or HOST:PORT of a Ray cluster",
         type=_ray_address,
+    )
+    tokenizer_engine: str = flag(
+        "auto",
+        "what encodes texts: hf (the tokenizers library), tuetoken (several times as fast; pip install "
+        "tuetoken==0.1.3), or auto: tuetoken where it is installed. Its ids are compared with those "
+        "of hf before and while it works; the output does not depend on the engine",
+        choices=("auto", *ENGINES),
     )
 
 
