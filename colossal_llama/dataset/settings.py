@@ -62,6 +62,12 @@ class PathSettings:
         None, "directory for the Arrow parts (default: <data_output_dirs>/arrow)", type=Path
     )
     overwrite: bool = flag(False, "replace output that is there")
+    preview: int = flag(
+        0,
+        "number of rows that are shown in the terminal at the end: documents apart, what has loss marked, "
+        "special tokens by name",
+        type=number(int, 0),
+    )
 
     @property
     def arrow_dir(self) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from colossal_llama.dataset.engines import Engine, TextEncoder
+from colossal_llama.dataset.engines.base import Engine, TextEncoder
 from colossal_llama.tokenizer.pieces_file import SPACE_SYMBOL
 from colossal_llama.tokenizer.token_bytes import TokenBytes
 from colossal_llama.tokenizer.tokenizer_files import steps_of

@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from colossal_llama.dataset.engines import ENGINES, REFERENCE, Engine
+from colossal_llama.dataset.engines import ENGINES, REFERENCE
+from colossal_llama.dataset.engines.base import Engine
 from colossal_llama.dataset.engines.checked import (
     CheckedEngine,
     EngineDifference,
