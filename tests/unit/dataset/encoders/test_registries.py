@@ -98,7 +98,7 @@ def test_a_new_engine(tokenizer: Any, tokenizer_json: str, monkeypatch: pytest.M
     spec = EncoderSpec("pretrain", 1, 2, 128, tokenizer_json)
     record = {"source": "", "target": "The river", "category": "c"}
     outcomes = []
-    for engine in ENGINES:
+    for engine in ("hf", "counting"):
         encoder = load_encoder(dataclasses.replace(spec, engine=engine))
         outcomes += encoder.encode([encoder.parse(record)])
     assert outcomes[0].pieces[0].tolist() == outcomes[1].pieces[0].tolist()
