@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from colossal_llama.evaluation.comparison import ModelScores, NewRowsCost, Result
+from colossal_llama.utils.pictures import fonts_for, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Figures = TypeVar("Figures", Result, NewRowsCost)
 # (set, category) -> model -> its figures.
@@ -140,10 +142,15 @@ def _as_code(text: str) -> str:
 
 def draw_comparison(results: Sequence[Result], names: Sequence[str], path: Path) -> None:
     """Writes the picture: bits per byte of each set by model, and the change against the base."""
+    rows = {key[0]: row for key, row in _rows(results).items() if key[1] is None}
+    with fonts_for([*names, *rows]):
+        _draw_sets(rows, names).savefig(path, dpi=110, format="png")
+
+
+def _draw_sets(rows: Mapping[str, Mapping[str, Result]], names: Sequence[str]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = {key[0]: row for key, row in _rows(results).items() if key[1] is None}
     num_panels = 2 if len(names) > 1 else 1
     width = max(5.5, 2.5 + 0.9 * len(names))
     height = max(4.5, 2 + 0.35 * len(names) * len(rows) if num_panels == 2 else 0)
@@ -155,7 +162,7 @@ def draw_comparison(results: Sequence[Result], names: Sequence[str], path: Path)
         _draw_changes(axes[1], rows, names)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
-    figure.savefig(path, dpi=110, format="png")
+    return figure
 
 
 def _colour(index: int) -> str:
@@ -167,8 +174,8 @@ def _draw_bits(axis: Axes, rows: Mapping[str, Mapping[str, Result]], names: Sequ
     positions = range(len(names))
     for index, (set_name, row) in enumerate(rows.items()):
         values = [row[name].bits_per_byte for name in names]
-        axis.plot(positions, values, color=_colour(index), marker="o", markersize=5, label=set_name)
-    axis.set_xticks(positions, names, rotation=25, ha="right")
+        axis.plot(positions, values, color=_colour(index), marker="o", markersize=5, label=readable(set_name))
+    axis.set_xticks(positions, list(map(readable, names)), rotation=25, ha="right")
     axis.set_xlim(-0.5, len(names) - 0.5)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("bits per byte")
@@ -188,8 +195,8 @@ def _draw_changes(axis: Axes, rows: Mapping[str, Mapping[str, Result]], names: S
             axis.plot([low, high], [y, y], color=_colour(index), linewidth=2, solid_capstyle="butt")
             axis.plot([result.change], [y], color=_colour(index), marker="o", markersize=5)
     axis.axvline(0, color="0.4", linewidth=1)
-    axis.set_yticks(range(len(others)), others)
+    axis.set_yticks(range(len(others)), list(map(readable, others)))
     axis.set_ylim(len(others) - 0.5, -0.5)
     axis.set_xlabel("change of bits per byte, with its 95 % interval (left: better)")
-    axis.set_title(f"Change against {base}")
+    axis.set_title(f"Change against {readable(base)}")
     axis.grid(alpha=0.3)
