@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from colossal_llama.evaluation.comparison import ModelScores, NewRowsCost, Result
+from colossal_llama.evaluation.ledger_figures import HARDLY_MOVED
+from colossal_llama.evaluation.standing_rows import MEANS, NewRowsReport
 from colossal_llama.utils.pictures import fonts_for, readable
 
 if TYPE_CHECKING:
@@ -37,10 +39,18 @@ NEW_ROWS = """\
 Bits per byte that the new rows of the vocabulary take from the tokens that {base} has too: the difference
 that masking their logits makes. It is part of the bits per byte above."""
 
+UNUSED_ROWS = """\
+Rows whose pieces this text has not once, and rows that moved by less than {share} of their length from where
+they started. The start is the nearest of: the means of the rows of {base}, and the models here that
+init_model.py made. Cosine 1 is the direction that a row started with."""
+# Pieces that a cell of a table names.
+NUM_NAMED = 5
+
 
 def make_markdown(
     results: Sequence[Result],
     costs: Sequence[NewRowsCost],
+    new_rows: Sequence[NewRowsReport],
     models: Sequence[ModelScores],
     context_bytes: int,
     stride_bytes: int,
@@ -66,6 +76,12 @@ def make_markdown(
                 "in this text"
                 for model in extended
             ),
+        ]
+    if new_rows:
+        parts += [
+            "## New rows that are not used",
+            UNUSED_ROWS.format(base=base, share=f"{HARDLY_MOVED:.0%}"),
+            _new_rows_table(new_rows),
         ]
     few = {result.set: result for result in results if result.category is None}
     few_sets = [_as_code(name) for name, result in few.items() if result.documents < FEW_DOCUMENTS]
@@ -123,6 +139,35 @@ def _costs_table(rows: Rows[NewRowsCost], names: Sequence[str]) -> str:
         for key, row in rows.items()
     ]
     return _table(["set", "category"], list(map(_as_code, names)), lines)
+
+
+def _new_rows_table(reports: Sequence[NewRowsReport]) -> str:
+    lines = []
+    for report in reports:
+        start = report.start or "not known"
+        lines.append(
+            [
+                _as_code(report.model),
+                start if report.start in (None, MEANS) else _as_code(start),
+                f"{report.pieces:,}",
+                _count_and_name(report.never_in_text),
+                "is the start" if report.start == report.model else _count_and_name(report.hardly_moved),
+                *(
+                    "" if cosine is None else f"{cosine:.4f}"
+                    for cosine in (report.median_input_cosine, report.median_output_cosine)
+                ),
+            ]
+        )
+    numbers = ["new pieces", "never in this text", "hardly moved", "median cosine, input", "output"]
+    return _table(["model", "start"], numbers, lines)
+
+
+def _count_and_name(pieces: Sequence[str] | None) -> str:
+    """`7: a, b, c, …`"""
+    if pieces is None:
+        return ""
+    named = ", ".join(map(_as_code, pieces[:NUM_NAMED])) + (", …" if len(pieces) > NUM_NAMED else "")
+    return f"{len(pieces):,}" + (f": {named}" if pieces else "")
 
 
 def _first_cells(key: tuple[str, str | None]) -> list[str]:
