@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from colossal_llama.evaluation.comparison import ModelScores, NewRowsCost, Result
 from colossal_llama.evaluation.ledger_figures import HARDLY_MOVED
 from colossal_llama.evaluation.standing_rows import MEANS, NewRowsReport
-from colossal_llama.utils.pictures import fonts_for, readable
+from colossal_llama.utils.pictures import fonts_for, legend_columns, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +31,8 @@ COLOURS = (
     "tab:pink",
     "tab:cyan",
 )
+# Letters that have room below a tick of the picture.
+SHORT_NAME = 10
 READING = """\
 Bits per byte is the loss divided by the bytes of the text: lower is better, and models with different
 tokenizers can be compared. The best of a row is **bold**. In brackets: the change against {base}, and its
@@ -206,7 +208,8 @@ def _draw_sets(rows: Mapping[str, Mapping[str, Result]], names: Sequence[str]) -
     if num_panels == 2:
         _draw_changes(axes[1], rows, names)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+    columns = legend_columns(labels, figure.get_figwidth(), most=6)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -220,7 +223,8 @@ def _draw_bits(axis: Axes, rows: Mapping[str, Mapping[str, Result]], names: Sequ
     for index, (set_name, row) in enumerate(rows.items()):
         values = [row[name].bits_per_byte for name in names]
         axis.plot(positions, values, color=_colour(index), marker="o", markersize=5, label=readable(set_name))
-    axis.set_xticks(positions, list(map(readable, names)), rotation=25, ha="right")
+    slanted = {"rotation": 25, "ha": "right"} if max(map(len, names)) > SHORT_NAME else {}
+    axis.set_xticks(positions, list(map(readable, names)), **slanted)
     axis.set_xlim(-0.5, len(names) - 0.5)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("bits per byte")

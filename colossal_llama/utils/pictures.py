@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -44,6 +44,13 @@ def readable(name: str) -> str:
         for character in name
     ).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
+
+
+def legend_columns(labels: Sequence[str], width: float, most: int) -> int:
+    """Columns of a legend below the panels of a picture that is `width` inches wide; at most `most`."""
+    # About what a letter takes in the usual size, and the line and the gaps beside a label.
+    column = 0.085 * max(map(len, labels), default=0) + 0.75
+    return max(1, min(len(labels), most, int(width / column)))
 
 
 def _escape(character: str) -> str:

@@ -11,7 +11,7 @@ from colossal_llama.training.reporting.metrics import CURVES_FILE, read_all_stag
 from colossal_llama.training.reporting.set_curves import draw_sets, find_sets
 from colossal_llama.training.reporting.smoothing import FEW_STEPS, smooth
 from colossal_llama.utils.console import warn
-from colossal_llama.utils.pictures import fonts_for, readable
+from colossal_llama.utils.pictures import fonts_for, legend_columns, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,7 +132,7 @@ def _draw_run(
     for axis in (panels[-1, 1], *panels[-1, 3:]):
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    columns = min(len(named), 7)
+    columns = legend_columns(list(named), size[0], most=7)
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False)
     return picture
 
@@ -186,7 +186,7 @@ def _draw_bits_per_byte(axis: Axes, curves: list[Curve], set_names: list[str], t
             is_sum = name == ALL_SETS and not alone
             axis.plot(
                 *curve.bits_per_byte[name],
-                color="0.5" if is_sum else colours.get(name, SET_COLOURS[0]),
+                color="black" if is_sum else colours.get(name, SET_COLOURS[0]),
                 linestyle="--" if is_sum else "-",
                 linewidth=1 if is_sum else 1.6,
                 marker="o",
