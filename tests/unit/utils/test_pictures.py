@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from colossal_llama.utils import pictures
-from colossal_llama.utils.pictures import fonts_for, readable
+from colossal_llama.utils.pictures import fonts_for, legend_columns, readable
 
 CHINESE = "维基"
 
@@ -108,3 +108,9 @@ def test_any_name_can_be_drawn(name: str) -> None:
         warnings.simplefilter("error")
         figure.text(0, 0, readable(name))
         canvas.draw()
+
+
+def test_a_legend_is_not_wider_than_its_picture() -> None:
+    assert legend_columns(["smoothed", "evaluation"] * 5, 16, most=7) == 7
+    assert legend_columns(["a" * 60] * 5, 16, most=7) == 2
+    assert legend_columns(["a" * 999], 5, most=7) == 1
