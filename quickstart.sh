@@ -218,6 +218,10 @@ ask_questions() {
 
 # Scores the text that was held out of pre-training with the base model, the extended model and the trained one.
 compare_models() {
+    if [[ $output == *,* ]]; then
+        echo "(no comparison: compare_models.py takes lists with commas, and $output has one)"
+        return
+    fi
     run python colossal_llama/evaluation/compare_models.py \
         --models "$output/base_model,$output/model,$output/pretrain/modeling" \
         --data_input_dirs "$output/pretrain_data/held_out" --output_dir "$output/comparison"
