@@ -34,7 +34,7 @@ DIRECTORIES = (
     "--base_model",
     "--model",
 )
-DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs", "--models")
+DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs", "--models", "--held_out")
 FILES = ("--expand_tokens_file",)
 
 
