@@ -14,13 +14,13 @@ import torch
 from adaptation_parity import EMBEDDINGS, NEW_IDS, extended, load_weights
 from launch import Run, train
 from safetensors import safe_open
-from test_adaptation import assert_old_rows_have_no_moments, assert_only_new_rows_moved
-from test_mixing import assert_figures_add_up, figures
+from test_what_trains import assert_old_rows_have_no_moments, assert_only_new_rows_moved
+from test_mixtures import assert_figures_add_up, figures
 from test_resume import rows, weights_of
 from training_inputs import MAX_LENGTH, TrainingInputs
 
-# Each test is several runs of two processes; parts of them run by default: `test_mixing.py`,
-# `test_stages.py`, `test_adaptation.py`, `test_gemini.py`.
+# Each test is several runs of two processes; parts of them run by default: `test_mixtures.py`,
+# `test_stages.py`, `test_what_trains.py`, `test_gemini.py`.
 pytestmark = pytest.mark.slow
 
 SETS = ("new/text", "old")
