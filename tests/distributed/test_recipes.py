@@ -176,7 +176,7 @@ def test_new_rows_alone_with_the_optimizer_of_all_weights(plugin, all_weights, s
     """Moments of rows that do not train become zero: Adam would go on moving these rows."""
     start = all_weights.save_dir / "epoch-0_step-3"
     model = start / "modeling"
-    flags = ["--load_checkpoint", start, *KEEP, *NEW_ROWS, "--lr", 1e-3]
+    flags = ["--load_checkpoint", start, *KEEP, *NEW_ROWS, *RATES]
     stage = run_stage(tmp_path / "stage", model, sets, plugin, *flags)
     assert "trained parameters and its step count, 3," in kept_message(stage)
     assert_only_new_rows_moved(stage.save_dir / "modeling", model, torch.bfloat16)
