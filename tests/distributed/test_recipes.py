@@ -14,9 +14,9 @@ import torch
 from adaptation_parity import EMBEDDINGS, NEW_IDS, extended, load_weights
 from launch import Run, train
 from safetensors import safe_open
-from test_what_trains import assert_old_rows_have_no_moments, assert_only_new_rows_moved
 from test_mixtures import assert_figures_add_up, figures
 from test_resume import rows, weights_of
+from test_what_trains import assert_old_rows_have_no_moments, assert_only_new_rows_moved
 from training_inputs import MAX_LENGTH, TrainingInputs
 
 # Each test is several runs of two processes; parts of them run by default: `test_mixtures.py`,
@@ -179,7 +179,7 @@ def test_new_rows_alone_with_the_optimizer_of_all_weights(plugin, all_weights, s
     flags = ["--load_checkpoint", start, *KEEP, *NEW_ROWS, *RATES]
     stage = run_stage(tmp_path / "stage", model, sets, plugin, *flags)
     assert "trained parameters and its step count, 3," in kept_message(stage)
-    assert_only_new_rows_moved(stage.save_dir / "modeling", model, torch.bfloat16)
+    assert_only_new_rows_moved(stage.save_dir / "modeling", model, torch.bfloat16, at_least=0.5)
     (last,) = stage.save_dir.glob("epoch-*")
     state = whole_state(last)
     assert {key.rsplit("/", 1)[0] for key in state} == set(EMBEDDINGS)

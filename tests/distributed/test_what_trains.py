@@ -68,8 +68,14 @@ def groups_untied(untied) -> Reference:
     return Reference.of(PlainLoop(untied, lr_embeddings=LR_EMBEDDINGS, no_decay=("norms", "embeddings")))
 
 
-def assert_only_new_rows_moved(directory: Path, source: Path, dtype: torch.dtype) -> None:
-    """Every other value is the source's in the dtype of the run, bit for bit."""
+def assert_only_new_rows_moved(
+    directory: Path, source: Path, dtype: torch.dtype, at_least: float = 0.9
+) -> None:
+    """Every other value is the source's in the dtype of the run, bit for bit.
+
+    Args:
+        at_least: share of the new rows that have changed: those in the data, and what enough decay changes.
+    """
     before, after = load_weights(source), load_weights(directory)
     assert before.keys() == after.keys()
     for name, tensor in after.items():
@@ -77,7 +83,7 @@ def assert_only_new_rows_moved(directory: Path, source: Path, dtype: torch.dtype
         kept, wanted = tensor.clone(), before[name].to(dtype)
         if name in EMBEDDINGS:
             new = slice(NEW_IDS.start, NEW_IDS.stop)
-            assert (kept[new] != wanted[new]).any(dim=1).float().mean() > 0.9, name
+            assert (kept[new] != wanted[new]).any(dim=1).float().mean() > at_least, name
             kept[new] = wanted[new]
         assert torch.equal(kept.view(torch.uint8), wanted.view(torch.uint8)), name
 
