@@ -37,6 +37,7 @@ setup(
         "benchmark": BENCHMARK,
         "test": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "ruff>=0.6,<1",
             "zstandard>=0.22",

@@ -61,6 +61,11 @@ class LayoutSettings:
         "flash attention on a GPU: flash-attn, or torch's own kernel without that package",
         on_resume=WITH_LAYOUT,
     )
+    compile: bool = flag(
+        False,
+        "compile the decoder layers by torch.compile (ddp, zero2, zero2_cpu): the first steps take minutes",
+        on_resume=WITH_LAYOUT,
+    )
 
     @property
     def model_parallel_size(self) -> int:

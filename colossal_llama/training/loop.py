@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from colossal_llama.dataset.labels import NO_LOSS_LABEL
@@ -19,6 +20,7 @@ from colossal_llama.training.data.loader import make_loader
 from colossal_llama.training.data.order import BatchShape, StepSampler
 from colossal_llama.training.data.rows import RowDataset
 from colossal_llama.training.evaluation import Evaluator, describe_evaluation, evaluation_figures
+from colossal_llama.training.llama.compiling import count_graphs
 from colossal_llama.training.llama.weight_checks import looks_untrained
 from colossal_llama.training.reporting.figures import RankFigures
 from colossal_llama.training.reporting.metrics import MetricsWriter
@@ -97,6 +99,8 @@ class TrainingLoop:
         self.first_record: dict[str, Any] | None = None
         self.last_record: dict[str, Any] = {}
         self.steps_without_loss = 0
+        # Of steps that made graphs of --compile, which their speed leaves out: how many, seconds, tokens.
+        self.compiling = np.zeros(3)
         self.sets_without_loss: set[str] = set()
         self.evaluator = Evaluator(
             self.inputs.evaluation_sets,
@@ -155,8 +159,15 @@ class TrainingLoop:
         rows += [
             ("tokens", f"{state.tokens:,}"),
             ("time", f"{timedelta(seconds=round(seconds))}"),
-            ("tokens/s", f"{tokens / max(seconds, 1e-9):,.0f}"),
+            ("tokens/s", self._tokens_per_second(tokens, seconds)),
         ]
+        if self.compiling.any():
+            rows.append(
+                (
+                    "steps that compiled",
+                    f"{self.compiling[0]:.0f}, {self.compiling[1]:.1f} s, not in tokens/s",
+                )
+            )
         if self.steps_without_loss:
             rows.append(("steps without loss", f"{self.steps_without_loss:,}"))
         if self.first_record is not None:
@@ -176,6 +187,13 @@ class TrainingLoop:
                 wanted = "" if each.wanted is None else f" (wanted {each.wanted:.2%})"
                 rows.append((f"share of {each.name}", f"{share:.2%}{wanted}, {passes:.2f} passes"))
         return format_table(("training", ""), rows)
+
+    def _tokens_per_second(self, tokens: int, seconds: float) -> str:
+        """Without the steps that compiled."""
+        steps, compiling_seconds, compiling_tokens = self.compiling
+        if steps and tokens == compiling_tokens:
+            return "none: every step compiled"
+        return f"{(tokens - compiling_tokens) / max(seconds - compiling_seconds, 1e-9):,.0f}"
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Collated micro-batches of this rank, from the state's position to the end of the last epoch."""
@@ -209,6 +227,8 @@ class TrainingLoop:
         """One optimizer step."""
         plugin, state = self.plugin, self.state
         started = time.perf_counter()
+        compiles = plugin.layout.compile
+        num_graphs = count_graphs() if compiles else 0
         with self._phase("data"):
             collated = [next(batches) for _ in range(self.plugin.layout.accumulation_steps)]
             problem = next((batch["problem"] for batch in collated if batch["problem"]), None)
@@ -228,6 +248,8 @@ class TrainingLoop:
         with self._phase("sum of losses"):
             figures = RankFigures()
             figures.record("loss", own_loss)
+            if compiles:
+                figures.record("compiled", count_graphs() - num_graphs, "any")
             if self.set_figures is not None:
                 self.set_figures.record_losses(figures)
             losses = figures.reduce(plugin.sum_losses, plugin.layout.dp_size)
@@ -260,9 +282,17 @@ class TrainingLoop:
         if self.set_figures is not None:
             of_sets = self.set_figures.end_step(counts, losses, state)
         seconds = time.perf_counter() - started
+        has_compiled = compiles and bool(losses["compiled"])
+        if has_compiled:
+            self.compiling += (1, seconds, num_tokens)
+            log(
+                f"step {state.step}: decoder layers were compiled ({count_graphs()} graphs so far); "
+                f"the step took {seconds:.1f} s and is left out of tokens/s"
+            )
         if self.meter is not None:
             lengths = torch.cat([_document_lengths(batch["document_index"]) for batch in collated]).double()
-            self.meter.end_step(num_tokens, float(lengths.sum()), float((lengths**2).sum()))
+            squares = float((lengths**2).sum())
+            self.meter.end_step(num_tokens, float(lengths.sum()), squares, has_compiled)
         record = {
             "step": state.step,
             "epoch": epoch,
@@ -271,7 +301,7 @@ class TrainingLoop:
             "lr": learning_rate,
             **({} if embeddings_rate is None else {"lr_embeddings": embeddings_rate}),
             "grad_norm": grad_norm,
-            "tokens_per_second": num_tokens / seconds,
+            **({} if has_compiled else {"tokens_per_second": num_tokens / seconds}),
             "step_seconds": seconds,
             **of_sets,
         }

@@ -115,7 +115,7 @@ def attention_forward(
         tensor.view(batch, sequence, -1, self.head_dim).transpose(1, 2) for tensor in (query, key, value)
     )
     query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    output = attend(query, key, value, attention_mask or AttentionLayout(), self.scaling)
+    output = self.attend(query, key, value, attention_mask or AttentionLayout(), self.scaling)
     output = output.reshape(batch, sequence, -1)
     if group is not None:
         output = all_to_all_comm(output, group, scatter_dim=1, gather_dim=2)
@@ -136,7 +136,7 @@ def install_attention(model: nn.Module, flash: FlashKernel | None = None, ulysse
 
     for module in model.modules():
         if isinstance(module, LlamaAttention):
-            module.ulysses_group = ulysses_group
+            module.ulysses_group, module.attend = ulysses_group, attend
             module.forward = MethodType(attention_forward, module)
         elif isinstance(module, LlamaModel):
             module._update_causal_mask = MethodType(layout_from_document_index, module)

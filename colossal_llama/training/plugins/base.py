@@ -22,6 +22,7 @@ from torch import nn
 from colossal_llama.model.dtypes import torch_dtype
 from colossal_llama.training.layout import Layout
 from colossal_llama.training.llama.adapters import is_embedding
+from colossal_llama.training.llama.compiling import compile_layers, why_no_compiling
 from colossal_llama.training.llama.embedding_noise import EmbeddingNoise
 from colossal_llama.training.llama.flash import FlashKernel, find_flash_kernel, why_no_flash
 from colossal_llama.training.llama.new_rows import (
@@ -90,6 +91,7 @@ class Plugin(ABC):
             device (pipeline: of a microbatch's, on the last stage). Set before `boost`.
         spreads_weights: no process has whole weights, so all of them take part when one gathers some.
         pads_vocabulary: rows are added to the embeddings that it splits.
+        compiles: `--compile` is for this plugin.
         new_ids: the embedding rows that alone train; None where rows are not told apart. Set before boosting.
 
     After `boost`:
@@ -105,6 +107,7 @@ class Plugin(ABC):
     splits_model: ClassVar[bool] = False
     autocasts: ClassVar[bool] = False
     pads_vocabulary: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
     needs_whole_logits: ClassVar[bool] = False
     spreads_weights: ClassVar[bool] = False
 
@@ -119,6 +122,10 @@ class Plugin(ABC):
     def conflicts(self) -> list[str]:
         """Flags that this plugin can't be combined with, each with its remedy."""
         layout, problems = self.settings.layout, []
+        if layout.compile and not self.compiles:
+            problems.append(
+                f"--compile: {self.name} can't train compiled layers; use zero2 or ddp, or leave it out"
+            )
         if self.splits_model:
             return problems
         for flag in ("tp", "pp", "sp"):
@@ -131,7 +138,10 @@ class Plugin(ABC):
 
     def model_conflicts(self, config: LlamaConfig) -> list[str]:
         """What shows only beside the model's configuration, the number of processes or the machine."""
-        return self.layout.problems(config)
+        problems = self.layout.problems(config)
+        if self.layout.compile and (reason := why_no_compiling()):
+            problems.append(f"--compile: {reason}")
+        return problems
 
     def doubts(self) -> list[str]:
         """What is no error, but worth a warning."""
@@ -310,6 +320,9 @@ class Plugin(ABC):
             weight_decay = self.settings.optimizer.weight_decay
             decay_before_steps(self.optimizer.optim, self.new_row_values(), weight_decay)
         self.after_boost()
+        if self.layout.compile:
+            lengths_vary = self.settings.data.padding_mode == "longest"
+            compile_layers(causal_lm, lengths_vary, uses_flash=self.flash is not None)
 
     def check_weights(self) -> None:
         """Raises RuntimeError where the boosted model lost weights that it was loaded with."""

@@ -20,6 +20,7 @@ class DdpPlugin(Plugin):
 
     name = "ddp"
     autocasts = True
+    compiles = True
 
     def estimate_states(self, counts: ParameterCounts) -> dict[str, int]:
         # fp32 weights are their own masters; autocast keeps half-precision copies for the backward pass.

@@ -42,7 +42,7 @@ class HybridPlugin(Plugin):
 
     def conflicts(self) -> list[str]:
         layout, adaptation = self.settings.layout, self.settings.adaptation
-        problems = self._pipeline_conflicts()
+        problems = [*super().conflicts(), *self._pipeline_conflicts()]
         if layout.zero_cpu_offload and layout.zero_stage == 0:
             problems.append("--zero_cpu_offload: needs --zero_stage 1 or 2")
         if adaptation.lora_rank and (layout.tp > 1 or layout.pp > 1 or layout.enable_sequence_parallelism):

@@ -23,6 +23,7 @@ class Zero2Plugin(Plugin):
     """ZeRO stage 2, the optimizer's state on the device."""
 
     name = "zero2"
+    compiles = True
     offloads: ClassVar[bool] = False
 
     def estimate_states(self, counts: ParameterCounts) -> dict[str, int]:

@@ -26,9 +26,10 @@ def describe_kernels(plugin: Plugin) -> str:
         "liger-kernel": why_no_liger() or "found",
     }
     optional = ", ".join(f"{name} {state}" for name, state in found.items())
+    compiled = "decoder layers compiled at their first use; " if plugin.layout.compile else ""
     return (
         f"Device {plugin.device.type}, {plugin.name}, {plugin.layout.mixed_precision}; "
-        f"attention: {attention}; loss: {loss}; {optional}"
+        f"attention: {attention}; loss: {loss}; {compiled}{optional}"
     )
 
 

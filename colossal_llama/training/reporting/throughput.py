@@ -26,7 +26,8 @@ FORMULA = (
 
 
 class ThroughputMeter:
-    """Collects the time of each optimizer step and of its phases; the first `warmup_steps` are left out.
+    """Collects the time of each optimizer step and of its phases; the first `warmup_steps` are left out, and
+    those that compiled.
 
     A step lasts from the end of the one before (the first: from its first phase) to `end_step`; what no phase
     covers is reported as "other".
@@ -35,6 +36,7 @@ class ThroughputMeter:
     def __init__(self, warmup_steps: int) -> None:
         self.warmup_steps = warmup_steps
         self.steps_seen = 0
+        self.steps_compiled = 0
         self.durations: list[float] = []
         self.tokens = 0
         self.length_sums = np.zeros(2)
@@ -51,17 +53,26 @@ class ThroughputMeter:
         yield
         self._current[name] += _now() - started
 
-    def end_step(self, tokens: int, document_lengths_sum: float, document_lengths_square_sum: float) -> None:
+    def end_step(
+        self,
+        tokens: int,
+        document_lengths_sum: float,
+        document_lengths_square_sum: float,
+        has_compiled: bool = False,
+    ) -> None:
         """Ends an optimizer step.
 
         Args:
             tokens: of all processes together, padding not counted.
             document_lengths_sum, document_lengths_square_sum: over documents, of this process or of all.
+            has_compiled: graphs were made in it.
         """
         assert self._started is not None, "a step has at least one phase"
         now = _now()
         self.steps_seen += 1
-        if self.steps_seen > self.warmup_steps:
+        if self.steps_seen > self.warmup_steps and has_compiled:
+            self.steps_compiled += 1
+        elif self.steps_seen > self.warmup_steps:
             duration = now - self._started
             self.durations.append(duration)
             self.tokens += tokens
@@ -81,10 +92,11 @@ class ThroughputMeter:
         peak_memory_bytes: int,
     ) -> str:
         """The figures as tables, and the formula behind them."""
+        compiled = f" and {self.steps_compiled} that compiled" if self.steps_compiled else ""
         if not self.durations:
             return (
-                f"No speed to report: {self.steps_seen} steps ran and {self.warmup_steps} are warm-up; "
-                "raise --num_samples, --num_epochs or --max_steps"
+                f"No speed to report: {self.steps_seen} steps ran and {self.warmup_steps}{compiled} are "
+                "warm-up; raise --num_samples, --num_epochs or --max_steps"
             )
         durations = np.array(self.durations)
         tokens_per_second = self.tokens / durations.sum()
@@ -97,7 +109,7 @@ class ThroughputMeter:
             mfu = f"{flops / peak:.1%} of {peak / TERA:,.1f} TFLOP/s ({device_name}, {dtype_name}, dense)"
         p10, median, p90 = np.percentile(durations, [10, 50, 90])
         speed = format_table(
-            ("speed", f"{len(durations)} steps after {self.warmup_steps} of warm-up"),
+            ("speed", f"{len(durations)} steps after {self.warmup_steps} of warm-up{compiled}"),
             [
                 ("tokens/s", f"{tokens_per_second:,.0f}"),
                 ("tokens/s per device", f"{tokens_per_second / world_size:,.0f}"),

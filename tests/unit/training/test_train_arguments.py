@@ -59,6 +59,7 @@ DEFAULTS = {
     "mixed_precision": "fp16",
     "use_grad_checkpoint": False,
     "use_flash_attn": False,
+    "compile": False,
     "num_epochs": 1,
     "max_steps": -1,
     "batch_size": 1,
@@ -132,6 +133,7 @@ COMPANIONS = {
     "merge_lora": "--plugin zero2 --lora_rank 8",
     "eval_at_start": "--eval_dataset .",
     "zero_cpu_offload": "--plugin 3d",
+    "compile": "--plugin zero2",
     "enable_sequence_parallelism": "--plugin 3d --tp 2",
 }
 

@@ -51,6 +51,18 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> ThroughputMeter:
     return meter
 
 
+def test_steps_that_compiled_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = measured(monkeypatch)
+    clock = Clock(monkeypatch)
+    clock.now = 1000.0
+    clock.run(meter, "data", 0.1)
+    meter.end_step(1000, 500, 50_000, has_compiled=True)
+    assert meter.tokens == 3000
+    assert len(meter.durations) == len(meter.phases["data"]) == 3
+    report = meter.report(CONFIG, torch.bfloat16, 1, "cpu", 0)
+    assert "3 steps after 1 of warm-up and 1 that compiled" in report
+
+
 def test_warm_up_is_left_out_and_times_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = measured(monkeypatch)
     assert meter.durations == pytest.approx([1, 2, 3])
