@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the whole pipeline on the bundled sample, from an empty directory to a fine-tuned model that answers questions:
 # set-up, vocabulary extension, model initialisation, pre-training data, continual pre-training, conversations,
-# fine-tuning, inference.
+# fine-tuning, inference, comparison of the models on held-out text.
 #
 #     bash quickstart.sh [--output_dir DIR] [--device auto|cpu|cuda] [--print_commands]
 #
@@ -12,7 +12,7 @@ CLONE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 NUM_PIECES=500
 NUM_QUESTIONS=3
 STEPS=(base_model pieces.jsonl tokenizer model pretrain_data pretrain pretrain_logs pretrain_config.json
-    sft_data sft sft_logs sft_config.json)
+    sft_data sft sft_logs sft_config.json comparison)
 
 usage() { sed -n '/^#     bash/s/^#     //p' "$CLONE/quickstart.sh"; }
 
@@ -157,9 +157,10 @@ make_model() {
 pretrain() {
     run python prepare_pretrain_dataset.py \
         --data_input_dirs examples/data/pretrain --tokenizer_dir "$output/model" \
-        --data_output_dirs "$output/pretrain_data" --max_length 512 --num_spliced_dataset_bins 4
+        --data_output_dirs "$output/pretrain_data" --max_length 512 --num_spliced_dataset_bins 4 --held_out_share 0.1
     run_distributed train.py \
         --pretrained "$output/model" --dataset "$output/pretrain_data/arrow" \
+        --eval_dataset "$output/pretrain_data/held_out/arrow" --eval_at_start \
         --plugin zero2 --mixed_precision "$precision" \
         --num_epochs 5 --batch_size 4 --accumulation_steps 1 --max_length 512 --lr 1e-3 \
         --save_interval 0 --skip_save_each_epoch --save_dir "$output/pretrain" \
@@ -215,6 +216,17 @@ ask_questions() {
     }
 }
 
+# Scores the text that was held out of pre-training with the base model, the extended model and the trained one.
+compare_models() {
+    if [[ $output == *,* ]]; then
+        echo "(no comparison: compare_models.py takes lists with commas, and $output has one)"
+        return
+    fi
+    run python colossal_llama/evaluation/compare_models.py \
+        --models "$output/base_model,$output/model,$output/pretrain/modeling" \
+        --data_input_dirs "$output/pretrain_data/held_out" --output_dir "$output/comparison"
+}
+
 # Prints the first and the last loss of a run, and fails if the loss did not fall.
 report_loss() {
     python - "$1" "$output/$2/metrics.jsonl" <<'PYTHON'
@@ -247,6 +259,7 @@ main() {
     pretrain
     fine_tune
     ask_questions
+    compare_models
     [[ -z $only_print ]] || exit 0
     echo
     report_loss "Pre-training" pretrain_logs

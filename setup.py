@@ -14,6 +14,8 @@ def read_requirements() -> list[str]:
 
 # docs/evaluation.md names tasks and settings of this version.
 EVALUATION = ["lm_eval[hf]==0.4.13"]
+# A second tokenizer engine of data preparation: TESTED_VERSIONS in dataset/engines names its versions.
+FAST = ["tuetoken==0.1.3"]
 # Peers that benchmarks/ measures beside the suite; one that is not installed is left out. trl 0.19.1 is the
 # newest that goes with transformers 4.51.3.
 BENCHMARK = ["trl==0.19.1", "accelerate>=1.0"]
@@ -31,9 +33,11 @@ setup(
     extras_require={
         "gpu": ["liger-kernel==0.5.10"],
         "eval": EVALUATION,
+        "fast": FAST,
         "benchmark": BENCHMARK,
         "test": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "ruff>=0.6,<1",
             "zstandard>=0.22",
@@ -42,6 +46,7 @@ setup(
             "liger-kernel==0.5.10",
             "gguf>=0.17,<1",
             *EVALUATION,
+            *FAST,
             *BENCHMARK,
             # An object store for input from URLs; the extra of moto for its server brings in far more.
             "s3fs>=2024.2",

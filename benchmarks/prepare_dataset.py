@@ -27,6 +27,7 @@ from pathlib import Path
 
 from figures import report
 
+from colossal_llama.dataset.engines import ENGINES, REFERENCE, installed_version
 from colossal_llama.utils.arguments import ArgumentParser, existing_directory, number, positive_int
 from colossal_llama.utils.console import format_table, log
 from colossal_llama.utils.errors import run_command
@@ -210,7 +211,10 @@ def run_script(script: str, arguments: list[str]) -> Run:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])]),
+        },
     )
     run = Run(0.0, 0.0, 0, 0, 0)
     cpu_before = _cpu_of_children()
@@ -269,12 +273,14 @@ def prepare(
     args: Namespace,
     output: Path,
     ray_address: str = "none",
+    engine: str = "auto",
 ) -> tuple[Run, dict]:
     """One end-to-end run; returns what was measured, and the run's stats.json."""
     shutil.rmtree(output, ignore_errors=True)
     arguments = ["--data_input_dirs", str(data_dir), "--tokenizer_dir", str(tokenizer_dir)]
     arguments += ["--data_output_dirs", str(output), "--max_length", str(args.max_length)]
     arguments += ["--num_workers", str(args.num_workers), "--ray_address", ray_address]
+    arguments += ["--tokenizer_engine", engine]
     if kind == "sft":
         arguments += ["--llama_version", _find_version(tokenizer_dir)]
     run = run_script(f"prepare_{kind}_dataset.py", arguments)
@@ -307,27 +313,30 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
         if not data_dir.exists():
             make_corpus(data_dir, kind, args.size_mb, args.source_share)
         texts = read_texts(data_dir, kind, args.size_mb)
-        bare, ours = [], []
-        for _ in range(args.repeats):  # in turns, so that a busy machine slows both
+        engines = [engine for engine in ENGINES if engine == REFERENCE or installed_version(engine)]
+        bare, runs_of = [], {engine: [] for engine in engines}
+        for _ in range(args.repeats):  # in turns, so that a busy machine slows all
             bare.append(measure_bare_tokenizer(tokenizer_dir, texts, args.num_workers))
-            ours.append(prepare(kind, data_dir, tokenizer_dir, args, work_dir / "out"))
+            for engine, runs in runs_of.items():
+                runs.append(prepare(kind, data_dir, tokenizer_dir, args, work_dir / "out", engine=engine))
         seconds, _, num_tokens = min(bare)
-        cpu_ratio = min(cpu for _, cpu, _ in bare) / min(run.cpu_seconds for run, _ in ours)
-        run, stats = min(ours, key=lambda item: item[0].seconds)
-        # Tokens of the texts alone on both sides: what the SFT template adds is not counted as work done.
-        bare_speed, our_speed = num_tokens / seconds, num_tokens / run.seconds
-        fill = stats["rows"]["fill_without_last_rows"]
-        figures = [
-            f"{bare_speed:,.0f}",
-            f"{our_speed:,.0f}",
-            our_speed / bare_speed,
-            cpu_ratio,
-            f"{100 * fill:.2f} %",
-        ]
-        speed.append([kind, num_tokens, *figures])
-        memory.append(_memory_line(f"{kind} {args.size_mb} MB", run))
-        report_preparation(kind, args, our_speed, our_speed / bare_speed, 100 * fill)
-        report_memory(kind, args.size_mb, args.num_workers, run)
+        for engine, ours in runs_of.items():
+            cpu_ratio = min(cpu for _, cpu, _ in bare) / min(run.cpu_seconds for run, _ in ours)
+            run, stats = min(ours, key=lambda item: item[0].seconds)
+            # Tokens of the texts alone on both sides: what the SFT template adds is not counted as work done.
+            bare_speed, our_speed = num_tokens / seconds, num_tokens / run.seconds
+            fill = stats["rows"]["fill_without_last_rows"]
+            figures = [
+                f"{bare_speed:,.0f}",
+                f"{our_speed:,.0f}",
+                our_speed / bare_speed,
+                cpu_ratio,
+                f"{100 * fill:.2f} %",
+            ]
+            speed.append([kind, engine, num_tokens, *figures])
+            memory.append(_memory_line(f"{kind} {args.size_mb} MB, {engine}", run))
+            report_preparation(kind, engine, args, our_speed, our_speed / bare_speed, 100 * fill)
+            report_memory(kind, args.size_mb, args.num_workers, run)
         sizes = [10] * args.memory + [1000] * (args.large and kind == "pretrain")
         for size in sizes:
             sized_dir = work_dir / f"{kind}-{size}mb"
@@ -337,7 +346,9 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
             memory.append(_memory_line(f"{kind} {size} MB", run))
             report_memory(kind, size, args.num_workers, run)
     log(
-        format_table(["", "tokens", "bare tokens/s", "ours, end to end", "ratio", "CPU ratio", "fill"], speed)
+        format_table(
+            ["", "engine", "tokens", "bare tokens/s", "ours, end to end", "ratio", "CPU ratio", "fill"], speed
+        )
     )
     log("")
     log(format_table(["peak memory, MB", "main", "largest worker", "all together", "seconds"], memory))
@@ -376,10 +387,13 @@ def benchmark_ray(data_dir: Path, tokenizer_dir: Path, args: Namespace, work_dir
     )
 
 
-def report_preparation(kind: str, args: Namespace, speed: float, ratio: float, fill: float) -> None:
-    name = f"prepare_{kind}_dataset.py, {args.size_mb} MB, {args.num_workers} workers"
+def report_preparation(
+    kind: str, engine: str, args: Namespace, speed: float, ratio: float, fill: float
+) -> None:
+    name = f"prepare_{kind}_dataset.py, {engine}, {args.size_mb} MB, {args.num_workers} workers"
     report(f"{name}: speed", speed / 1e6, "M tokens/s", note=f"fastest of {args.repeats}")
-    report(f"{name}: against the bare tokenizer", ratio, "×", promise=f"prepare_{kind}.speed")
+    promise = f"prepare_{kind}.{'speed' if engine == REFERENCE else engine}"
+    report(f"{name}: against the bare tokenizer", ratio, "×", promise=promise)
     if kind == "pretrain":
         report(f"{name}: rows full", fill, "%", promise="prepare.fill", note="each bin's last row left out")
 

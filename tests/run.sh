@@ -17,4 +17,12 @@ export MPLBACKEND=Agg HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .
 shellcheck --external-sources -- *.sh tests/*.sh tests/gpu/*.sh examples/*.sh examples/launch/*.{sh,sbatch} .ci/run
-exec python -m pytest "$@" </dev/null
+if (($#)); then
+    exec python -m pytest "$@" </dev/null
+fi
+# Unit tests run on all cores (a file stays with one worker, since its fixtures are shared); the others start
+# processes of their own, and some measure time.
+status=0
+python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile tests/unit </dev/null || status=$?
+python -m pytest tests/upstream tests/integration tests/distributed tests/gpu </dev/null || status=$?
+exit "$status"

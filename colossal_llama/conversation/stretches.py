@@ -20,14 +20,16 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 # Token ids of each text by itself: nothing added, and the strings of special tokens taken as plain text.
-EncodeTexts = Callable[[Sequence[str]], Iterable[list[int]]]
+EncodeTexts = Callable[[Sequence[str]], Iterable[Sequence[int]]]
+# The same of texts and positions, and how many tokens come before the first that ends beyond the position.
+EncodeWithBorders = Callable[[Sequence[str], Sequence[int]], Iterable[tuple[Sequence[int], int]]]
 
 STARTS = ("", " ", "  ", "▁", "▁ ", " ▁", "\t", "\n", "\n\n", "A", "人", "é", "\u200b", "1", "[", "<", "A: ")
 ENDS = (
@@ -52,16 +54,6 @@ ENDS = (
 )
 MAX_WORDS = 64  # ordinary added tokens that are tried out
 MAX_EXEMPT_WORDS = 256
-
-
-class OffsetEncoding(Protocol):
-    """A text's tokens, and the half-open span of characters of each."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-
-EncodeWithOffsets = Callable[[Sequence[str]], Iterable[OffsetEncoding]]
 
 
 @dataclass(frozen=True)

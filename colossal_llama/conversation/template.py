@@ -17,7 +17,7 @@ from colossal_llama.conversation.binding import BoundForm, bind_form
 from colossal_llama.conversation.form import CONTENT, Form, write_marker
 from colossal_llama.conversation.jinja_text import write_jinja
 from colossal_llama.conversation.messages import Message
-from colossal_llama.conversation.stretches import EncodeTexts, EncodeWithOffsets
+from colossal_llama.conversation.stretches import EncodeTexts, EncodeWithBorders
 from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,15 +99,15 @@ class TurnTemplate(ABC):
     Args:
         bound: the form, for a tokenizer.
         encode: encodes stretches of text between special tokens.
-        encode_with_offsets: the same ids, with offsets; used where loss begins inside of a stretch.
+        encode_with_borders: the same ids, and the token where loss begins inside of a stretch.
     """
 
     def __init__(
-        self, bound: BoundForm, encode: EncodeTexts, encode_with_offsets: EncodeWithOffsets | None = None
+        self, bound: BoundForm, encode: EncodeTexts, encode_with_borders: EncodeWithBorders | None = None
     ) -> None:
         self.bound = bound
         self.form = bound.form
-        self._encode_texts, self._encode_with_offsets = encode, encode_with_offsets
+        self._encode_texts, self._encode_with_borders = encode, encode_with_borders
         self._control_ids = dict(bound.control_ids)
         pattern = "|".join(map(re.escape, sorted(self._control_ids, key=len, reverse=True)))
         self._controls = re.compile(f"({pattern})")
@@ -254,16 +254,17 @@ class TurnTemplate(ABC):
 
     def _encode(self, conversations: Sequence[Sequence[Sequence[Segment]]]) -> Iterator[EncodedTurns]:
         fixed_texts = self._fixed
-        texts, split_texts = [], []
+        texts, split_texts, positions = [], [], []
         for turns in conversations:
             for segments in turns:
                 for text, _, _, loss_start in segments:
                     if loss_start:
                         split_texts.append(text)
+                        positions.append(loss_start)
                     elif text and text not in fixed_texts:
                         texts.append(text)
         encoded = iter(self._encode_texts(texts))
-        encodings = iter(self._encode_with_offsets(split_texts) if split_texts else ())
+        split = iter(self._encode_with_borders(split_texts, positions) if split_texts else ())
         for turns in conversations:
             result = EncodedTurns()
             ids, loss_spans = result.ids, result.loss_spans
@@ -274,9 +275,9 @@ class TurnTemplate(ABC):
                     if token_id is not None:
                         ids.append(token_id)
                     elif loss_start:
-                        encoding = next(encodings)
-                        start += count_before(encoding.offsets, loss_start)
-                        ids.extend(encoding.ids)
+                        found, border = next(split)
+                        start += border
+                        ids.extend(found)
                     elif text:
                         fixed = fixed_texts.get(text)
                         ids.extend(next(encoded) if fixed is None else fixed)
@@ -285,8 +286,3 @@ class TurnTemplate(ABC):
                 result.turn_ends.append(len(ids))
                 result.answers.append(len(loss_spans) > num_spans)
             yield result
-
-
-def count_before(offsets: Sequence[tuple[int, int]], position: int) -> int:
-    """The number of tokens before the first one that ends beyond `position`: that one holds the character."""
-    return next((index for index, (_, end) in enumerate(offsets) if end > position), len(offsets))

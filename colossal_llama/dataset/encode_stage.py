@@ -15,6 +15,7 @@ from colossal_llama.dataset.encoders.base import EncoderSpec
 from colossal_llama.dataset.shards import (
     ShardSummary,
     ShardTask,
+    distrust_shards,
     encode_shard,
     remove_stale_shards,
 )
@@ -82,6 +83,7 @@ def encode_shards(
     tasks = [
         ShardTask(shard, spec, str(cache_dir.absolute()), held_out_share=held_out_share) for shard in shards
     ]
+    distrust_shards(cache_dir)
     remove_stale_shards(cache_dir, tasks)
     num_finished = sum(task.table_path.exists() for task in tasks)
     if num_finished:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from colossal_llama.dataset.bins import part_name, write_bin
 from colossal_llama.dataset.encode_stage import EncodedShards, check_bad_records, encode_shards
 from colossal_llama.dataset.encoders import find_encoder
 from colossal_llama.dataset.encoders.base import EncoderSpec
+from colossal_llama.dataset.engine_choice import find_candidate, packages_of, settle_engine
 from colossal_llama.dataset.output import OutputPaths, claim_output
 from colossal_llama.dataset.piece_counts import read_piece_counts, summarise_counts
-from colossal_llama.dataset.settings import PreparationSettings
+from colossal_llama.dataset.preview import Preview
+from colossal_llama.dataset.settings import PathSettings, PreparationSettings, RowSettings
 from colossal_llama.dataset.shards import CACHE_FORMAT, encode_shard
 from colossal_llama.dataset.statistics import (
     HeldOutCounts,
@@ -49,6 +52,7 @@ def prepare(settings: PreparationSettings) -> None:
     started = time.monotonic()
     paths, rows = settings.paths, settings.rows
     output = OutputPaths.of_settings(paths)
+    engine = find_candidate(settings.workers.tokenizer_engine)
     workers = open_workers(
         settings.workers.ray_address, settings.workers.num_workers, [encode_shard, write_bin]
     )
@@ -60,6 +64,7 @@ def prepare(settings: PreparationSettings) -> None:
         workers.check_storage(
             _output_dirs(output, rows.held_out_share),
             [file for directory in files for file in directory],
+            packages_of(engine),
         )
         spec, tokenizer = _make_spec(settings, output)
         new_rows = find_new_rows(paths.tokenizer_dir)
@@ -70,7 +75,7 @@ def prepare(settings: PreparationSettings) -> None:
         encoded = encode_shards(
             workers,
             shards,
-            spec,
+            settle_engine(engine, spec, shards),
             output.cache_dir / "shards",
             settings.skip_bad_records,
             rows.held_out_share,
@@ -93,6 +98,8 @@ def prepare(settings: PreparationSettings) -> None:
         stats = _write_statistics(facts, encoded, written, settings, output, new_rows)
         node_table = workers.describe_nodes()
     log(format_statistics(stats))
+    if paths.preview:
+        _show_rows(paths, output, rows)
     if node_table:
         log(f"\n{node_table}\n")
     seconds = time.monotonic() - started
@@ -155,6 +162,13 @@ def _find_run_key(
         what["new_rows"] = [new_rows.start, new_rows.stop]
     digest.update(json.dumps(what, sort_keys=True).encode())
     return digest.hexdigest()[:24]
+
+
+def _show_rows(paths: PathSettings, output: OutputPaths, rows: RowSettings) -> None:
+    preview = Preview(load_tokenizer(paths.tokenizer_dir), coloured=sys.stdout.isatty())
+    parts = [output.arrow_dir / part_name(index) for index in range(rows.num_spliced_dataset_bins)]
+    for text in preview.show(parts, paths.preview, rows.max_length):
+        log(f"{text}\n")
 
 
 def _write_statistics(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 from colossal_llama.conversation import TEMPLATES
 from colossal_llama.corpus.storage import is_url
 from colossal_llama.dataset.encoders import LONG_DOCUMENTS
+from colossal_llama.dataset.engines import ENGINES
 from colossal_llama.utils.arguments import (
     MAX_ROW_TOKENS,
     directory_list,
@@ -61,6 +62,12 @@ class PathSettings:
         None, "directory for the Arrow parts (default: <data_output_dirs>/arrow)", type=Path
     )
     overwrite: bool = flag(False, "replace output that is there")
+    preview: int = flag(
+        0,
+        "number of rows that are shown in the terminal at the end: documents apart, what has loss marked, "
+        "special tokens by name",
+        type=number(int, 0),
+    )
 
     @property
     def arrow_dir(self) -> Path:
@@ -108,6 +115,13 @@ class WorkerSettings:
         "none",
         "where the work runs: none (this machine), local, auto or HOST:PORT of a Ray cluster",
         type=_ray_address,
+    )
+    tokenizer_engine: str = flag(
+        "auto",
+        "what encodes texts: hf (the tokenizers library), tuetoken (several times as fast; pip install "
+        "tuetoken==0.1.3), or auto: tuetoken where it is installed. Its ids are compared with those "
+        "of hf before and while it works; the output does not depend on the engine",
+        choices=("auto", *ENGINES),
     )
 
 

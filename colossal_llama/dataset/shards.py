@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,10 +28,12 @@ import orjson
 from colossal_llama.corpus.jsonl import Shard, read_records
 from colossal_llama.corpus.records import BadRecord, parse_object
 from colossal_llama.dataset.encoders import load_encoder
-from colossal_llama.dataset.encoders.base import EncoderSpec, RecordEncoder
+from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome, RecordEncoder
+from colossal_llama.dataset.engines.checked import EngineDifference
 from colossal_llama.dataset.held_out import is_held_out
 from colossal_llama.dataset.statistics import Counts
-from colossal_llama.utils.files import aside_path, wait_for_file, with_filename_in_errors
+from colossal_llama.utils.errors import UserError
+from colossal_llama.utils.files import aside_path, wait_for_file, with_filename_in_errors, write_json
 from colossal_llama.utils.messages import MAX_LISTED_PROBLEMS
 
 CACHE_FORMAT = 2  # raised when the same records become other documents
@@ -39,6 +41,8 @@ CACHE_NAME = re.compile(
     r"[0-9a-f]{24}(\.\d+\.tmp|\.tokens|\.jsonl|\.npz)"
     r"|\.[0-9a-f]{24}\.(tokens|jsonl|npz)\.[0-9a-f]{16}\.tmp"
 )
+# There when an engine made other ids than the tokenizer: only a sample of its shards was checked.
+DISTRUST_FILE = "other-ids.json"
 # A batch's encodings (some 300 bytes a token) are all in memory at once.
 BATCH_CHARACTERS = 1 << 19
 BATCH_RECORDS = 1024
@@ -129,9 +133,10 @@ def encode_shard(task: ShardTask) -> ShardSummary:
     with contextlib.ExitStack() as files:
         held_out_file = files.enter_context(_new_file(task.held_out_path)) if task.held_out_share else None
         with _new_file(task.tokens_path) as file:
-            for records in _read_batches(task.shard, encoder, summary):
+            for lines, records in _read_batches(task.shard, encoder, summary):
                 pieces = []
-                for record, outcome in zip(records, encoder.encode(records), strict=True):
+                outcomes = _encode(task, encoder, lines, records)
+                for record, outcome in zip(records, outcomes, strict=True):
                     # What is dropped is dropped, on whichever side its text falls.
                     is_kept_out = (
                         held_out_file is not None
@@ -221,8 +226,55 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
-def _read_batches(shard: Shard, encoder: RecordEncoder, summary: ShardSummary) -> Iterator[list[Any]]:
+def _encode(
+    task: ShardTask, encoder: RecordEncoder, lines: Sequence[int], records: Sequence[Any]
+) -> list[Outcome]:
+    """What becomes of each record; a difference between engines stops the run at its line."""
+    try:
+        return encoder.encode(records)
+    except EngineDifference as difference:
+        write_json(Path(task.cache_dir) / DISTRUST_FILE, {"difference": str(difference)})
+        raise UserError(_describe_difference(task, encoder, lines, records, difference)) from None
+
+
+def _describe_difference(
+    task: ShardTask,
+    encoder: RecordEncoder,
+    lines: Sequence[int],
+    records: Sequence[Any],
+    difference: EngineDifference,
+) -> str:
+    shard = task.shard
+    before = 0
+    if shard.start:
+        before = sum(1 for _ in read_records(dataclasses.replace(shard, start=0, end=shard.start), ("",)))
+    where = f"{before + lines[0]} to {before + lines[-1]}"
+    for line, record in zip(lines, records, strict=True):
+        try:
+            encoder.encode([record])
+        except EngineDifference as again:
+            where, difference = str(before + line), again
+            break
+    return (
+        f"{shard.path}:{where}: {difference}; nothing was written. Use --tokenizer_engine hf, "
+        f"and report this to the makers of {difference.engine}"
+    )
+
+
+def distrust_shards(cache_dir: Path) -> None:
+    """Removes all shards where an engine of an earlier run was found to make other ids."""
+    if not (cache_dir / DISTRUST_FILE).exists():
+        return
+    remove_stale_shards(cache_dir, [])
+    (cache_dir / DISTRUST_FILE).unlink()
+
+
+def _read_batches(
+    shard: Shard, encoder: RecordEncoder, summary: ShardSummary
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Records with the numbers of their lines in the shard."""
     batch: list[Any] = []
+    lines: list[int] = []
     num_characters = 0
     for line in read_records(shard, encoder.fields):
         summary.num_lines += 1
@@ -239,12 +291,13 @@ def _read_batches(shard: Shard, encoder: RecordEncoder, summary: ShardSummary) -
         if record.format not in summary.formats:
             summary.formats[record.format] = summary.num_lines
         batch.append(record)
+        lines.append(summary.num_lines)
         num_characters += record.num_characters
         if num_characters >= BATCH_CHARACTERS or len(batch) >= BATCH_RECORDS:
-            yield batch
-            batch, num_characters = [], 0
+            yield lines, batch
+            lines, batch, num_characters = [], [], 0
     if batch:
-        yield batch
+        yield lines, batch
 
 
 def _write_table(task: ShardTask, table: ShardTable, summary: ShardSummary) -> None:

@@ -18,7 +18,7 @@ from colossal_llama.utils.files import with_filename_in_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TOKENIZER_NAME = re.compile(r"[0-9a-f]{24}\.json")
+TOKENIZER_NAME = re.compile(r"[0-9a-f]{24}(-\w+)?\.json")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def save_tokenizer(
         text = follow_special_tokens(text)
     path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     for other in directory.iterdir():
-        if TOKENIZER_NAME.fullmatch(other.name):
+        if TOKENIZER_NAME.fullmatch(other.name) and not other.name.startswith(path.stem):
             other.unlink()
     with with_filename_in_errors(path):
         path.write_text(text, encoding="utf-8")

@@ -1,13 +1,14 @@
 """Compares models, each with its own tokenizer, on held-out text: what was learned, what was forgotten.
 
 Bits per byte by model, directory and category, the change against the first model with 95 % intervals,
-tokens per character, and what new rows of the vocabulary cost old text. Writes comparison.md, comparison.json
-and comparison.png. Run again after a stop, it continues; only models that are added are scored.
+tokens per character, what new rows of the vocabulary cost old text, and which of them are unused. Writes
+comparison.md, comparison.json and comparison.png. Run again after a stop, it continues; only models that are
+added are scored.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from colossal_llama.utils.settings import add_settings, flag, parse_settings
 if TYPE_CHECKING:
     from colossal_llama.evaluation.comparison import ModelScores
     from colossal_llama.evaluation.held_out_text import Document
-    from colossal_llama.evaluation.models import ModelFiles
+    from colossal_llama.evaluation.models import PreparedModel
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "comparison.json", "comparison.md", "comparison.png"
 LATEST = "latest"
@@ -105,28 +106,23 @@ def main() -> None:
     settings = parse_settings(build_parser(), CompareSettings)
 
     from colossal_llama.evaluation.held_out_text import read_documents
-    from colossal_llama.evaluation.models import find_models
+    from colossal_llama.evaluation.models import find_models, prepare_models
     from colossal_llama.utils.files import locked_directory
 
     with locked_directory(settings.output_dir, "a comparison"):
         models = find_models(settings.models)
         documents = read_documents(settings.data_input_dirs)
-        write_comparison(settings, documents, score_models(settings, documents, models), models)
+        # Names everything that keeps a model from scoring, before the first one is loaded.
+        prepared = prepare_models(models, documents, settings.context_bytes, settings.stride_bytes)
+        scores = score_models(settings, prepared)
+        write_comparison(settings, documents, scores, prepared)
 
 
-def score_models(
-    settings: CompareSettings, documents: list[Document], models: list[ModelFiles]
-) -> list[ModelScores]:
-    """Scores the documents with each model in turn; what earlier runs have scored is taken from their files.
-
-    Raises:
-        UserError: naming everything that keeps a model from scoring, before the first one is loaded.
-    """
+def score_models(settings: CompareSettings, prepared: list[PreparedModel]) -> list[ModelScores]:
+    """Scores the documents with each model in turn; what earlier runs have scored is in their files."""
     from colossal_llama.evaluation.comparison import ModelScores
-    from colossal_llama.evaluation.models import prepare_models
     from colossal_llama.evaluation.score_files import ScoreFile, score_file
 
-    prepared = prepare_models(models, documents, settings.context_bytes, settings.stride_bytes)
     scores = []
     for each in prepared:
         depends_on = {**each.facts(settings.dtype, settings.device), "batch_tokens": BATCH_TOKENS}
@@ -173,7 +169,7 @@ def write_comparison(
     settings: CompareSettings,
     documents: list[Document],
     scores: list[ModelScores],
-    models: list[ModelFiles],
+    prepared: list[PreparedModel],
 ) -> None:
     """Writes the three files and prints the table."""
     from colossal_llama.evaluation.comparison import (
@@ -185,18 +181,20 @@ def write_comparison(
         costs_of_new_rows,
     )
     from colossal_llama.evaluation.report import draw_comparison, make_markdown
+    from colossal_llama.evaluation.standing_rows import report_new_rows
     from colossal_llama.utils.files import aside_path, replace_path, write_json, write_text_atomically
 
     results, costs = compare(documents, scores), costs_of_new_rows(documents, scores)
+    new_rows = report_new_rows(prepared)
     content = {
         "models": [
             {
                 "name": model.name,
-                "path": files.path,
+                "path": each.files.path,
                 "new_rows": model.num_new_rows,
                 "new_rows_in_text": model.num_used_rows,
             }
-            for model, files in zip(scores, models, strict=True)
+            for model, each in zip(scores, prepared, strict=True)
         ],
         "context_bytes": settings.context_bytes,
         "stride_bytes": settings.stride_bytes,
@@ -204,10 +202,11 @@ def write_comparison(
         "intervals": {"confidence": CONFIDENCE, "resamples": NUM_RESAMPLES, "seed": SEED},
         "results": [as_json(result) for result in results],
         "cost_of_new_rows": [as_json(cost) for cost in costs],
+        "new_rows": [asdict(report) for report in new_rows],
     }
     directory = settings.output_dir
     write_json(directory / JSON_FILE, content)
-    text = make_markdown(results, costs, scores, settings.context_bytes, settings.stride_bytes)
+    text = make_markdown(results, costs, new_rows, scores, settings.context_bytes, settings.stride_bytes)
     write_text_atomically(directory / MARKDOWN_FILE, text)
     aside = aside_path(directory / PICTURE_FILE)
     draw_comparison(results, [model.name for model in scores], aside)

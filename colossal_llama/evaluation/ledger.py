@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from colossal_llama.evaluation.held_out_text import Document
     from colossal_llama.evaluation.ledger_figures import LedgerEntry, ScoredDocument
+    from colossal_llama.evaluation.new_rows import EmbeddingRows, NewPieces
 
 JSON_FILE, MARKDOWN_FILE = "ledger.json", "ledger.md"
 # Tokens of a forward pass, padding included.
@@ -103,14 +104,6 @@ def _find_problems(settings: LedgerSettings) -> list[str]:
 
 
 @dataclass(frozen=True)
-class EmbeddingRows:
-    """Some rows of a model's matrices, [rows, width]; `output` is None where they are tied."""
-
-    input: torch.Tensor
-    output: torch.Tensor | None
-
-
-@dataclass(frozen=True)
 class ScoredModel:
     """A model's losses on all documents, and the rows that were asked for."""
 
@@ -153,52 +146,37 @@ def find_ledger(settings: LedgerSettings, documents: Sequence[Document]) -> list
         UserError: the model is no extension of the base, or something can't be loaded.
     """
     from colossal_llama.evaluation.ledger_figures import make_ledger, measure_movement, score_pieces
+    from colossal_llama.evaluation.new_rows import mean_rows, read_rows
 
-    pieces, replaced = find_new_pieces(settings)
-    new_ids = list(pieces)
+    pieces = _find_pieces(settings)
+    new_ids = list(pieces.texts)
     counts = _count_in_data(settings, new_ids)
     base = score_documents(settings, settings.base_model, "--base_model", documents, None)
     model = score_documents(settings, settings.model, "--model", documents, new_ids)
     if settings.start_model is None:
-        start = _mean_rows(base.rows, [replaced[token_id] for token_id in new_ids])
+        start = mean_rows(base.rows, list(pieces.replaced.values()))
     else:
-        start = read_rows(settings.start_model, new_ids)
+        start = read_rows(settings.start_model, "--start_model", new_ids)
     scores = score_pieces(base.documents, model.documents, new_ids)
     output = None
     if model.rows.output is not None and start.output is not None:
         output = measure_movement(start.output, model.rows.output)
-    return make_ledger(pieces, counts, measure_movement(start.input, model.rows.input), output, scores)
+    moved = measure_movement(start.input, model.rows.input)
+    return make_ledger(pieces.texts, counts, moved, output, scores)
 
 
-def find_new_pieces(settings: LedgerSettings) -> tuple[dict[int, str], dict[int, list[int]]]:
-    """The new pieces by id: as text, and as the base's tokens of that text.
-
-    Raises:
-        UserError: the model's tokenizer does not extend the base's.
-    """
-    from colossal_llama.evaluation.scoring import find_new_rows
-    from colossal_llama.tokenizer.token_bytes import TokenBytes
+def _find_pieces(settings: LedgerSettings) -> NewPieces:
+    from colossal_llama.evaluation.new_rows import find_new_pieces
 
     base = _load_tokenizer(settings.base_model, "--base_model")
-    extended = _load_tokenizer(settings.model, "--model")
-    vocabulary = extended.get_vocab()
-    new_ids = find_new_rows(base.get_vocab(), vocabulary, 0, 0)
-    if not new_ids:
-        why = "does not extend" if new_ids is None else "has no more tokens than"
+    pieces = find_new_pieces(base, _load_tokenizer(settings.model, "--model"))
+    if pieces is None or not pieces.texts:
+        why = "does not extend" if pieces is None else "has no more tokens than"
         raise UserError(
             f"--model {settings.model}: its tokenizer {why} that of --base_model {settings.base_model}; give "
             "the model that the vocabulary was extended from"
         )
-    table = TokenBytes.of_tokenizer(extended)
-    names = {token_id: token for token, token_id in vocabulary.items()}
-    pieces, replaced = {}, {}
-    for token_id in new_ids:
-        text = names[token_id]
-        if table is not None:
-            text = table.contents[token_id].decode("utf-8", "replace").replace(" ", "▁")
-        pieces[token_id] = text
-        replaced[token_id] = [token.id for token in base.backend_tokenizer.model.tokenize(names[token_id])]
-    return pieces, replaced
+    return pieces
 
 
 def _load_tokenizer(name: str, flag: str) -> Any:
@@ -289,6 +267,8 @@ def _place(document: Any, losses: np.ndarray) -> ScoredDocument:
 
 
 def _rows_of(model: Any, rows: list[int] | None) -> EmbeddingRows:
+    from colossal_llama.evaluation.new_rows import EmbeddingRows
+
     def take(embedding: Any) -> torch.Tensor:
         weight = embedding.weight.detach()
         return (weight if rows is None else weight[rows]).cpu().clone()
@@ -297,39 +277,6 @@ def _rows_of(model: Any, rows: list[int] | None) -> EmbeddingRows:
     return EmbeddingRows(
         take(model.get_input_embeddings()), None if is_tied else take(model.get_output_embeddings())
     )
-
-
-def _mean_rows(base: EmbeddingRows, replaced: Sequence[Sequence[int]]) -> EmbeddingRows:
-    """The rows that init_model.py makes by default, in the dtype that it writes them in."""
-    from colossal_llama.model.initializations import mean
-
-    return EmbeddingRows(
-        mean(base.input, replaced).to(base.input.dtype),
-        None if base.output is None else mean(base.output, replaced).to(base.output.dtype),
-    )
-
-
-def read_rows(directory: Path, rows: Sequence[int]) -> EmbeddingRows:
-    """Rows of the matrices of a model on disk, without loading the rest of it."""
-    from colossal_llama.model.model_extension import EMBEDDING, OUTPUT_HEAD, check_embeddings, read_layout
-    from colossal_llama.model.weight_files import find_shards, open_shard
-
-    layout = read_layout(find_shards(directory, "--start_model"))
-    num_rows, width = check_embeddings(layout, layout.find(OUTPUT_HEAD) is None, directory)
-    if rows[-1] >= num_rows:
-        raise UserError(
-            f"--start_model {directory}: has {num_rows:,} rows, and no row {rows[-1]:,}; give the model as "
-            "init_model.py extended it"
-        )
-    found: dict[str, torch.Tensor] = {}
-    for path, tensors in layout.shards.items():
-        shard = open_shard(path)
-        for name in (EMBEDDING, OUTPUT_HEAD):
-            if name in tensors:
-                span = shard.read(name, rows[0] * width, (rows[-1] + 1) * width).view(-1, width)
-                found[name] = span[[row - rows[0] for row in rows]]
-        shard.close()
-    return EmbeddingRows(found[EMBEDDING], found.get(OUTPUT_HEAD))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 MIN_OCCURRENCES = 3
 # Rows that moved by less than this share of their length are as they were made.
 HARDLY_MOVED = 0.01
+# Rows that are measured at once, in float64.
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,14 @@ class RowMovement:
 
 def measure_movement(start: torch.Tensor, rows: torch.Tensor) -> list[RowMovement]:
     """For each row of two matrices of one shape."""
-    start, rows = start.double(), rows.double()
+    return [
+        movement
+        for parts in zip(start.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE), strict=True)
+        for movement in _measure_rows(parts[0].double(), parts[1].double())
+    ]
+
+
+def _measure_rows(start: torch.Tensor, rows: torch.Tensor) -> list[RowMovement]:
     norms, start_norms = rows.norm(dim=1), start.norm(dim=1)
     distances = (rows - start).norm(dim=1)
     lengths = norms * start_norms
@@ -117,6 +126,10 @@ def measure_movement(start: torch.Tensor, rows: torch.Tensor) -> list[RowMovemen
             norms.tolist(), start_norms.tolist(), distances.tolist(), cosines.tolist(), strict=True
         )
     ]
+
+
+def is_hardly_moved(input_row: RowMovement, output_row: RowMovement | None) -> bool:
+    return max(row.relative for row in (input_row, output_row) if row is not None) < HARDLY_MOVED
 
 
 @dataclass(frozen=True)
@@ -145,8 +158,7 @@ class LedgerEntry:
 
     @property
     def hardly_moved(self) -> bool:
-        moved = [self.input_row.relative, *([self.output_row.relative] if self.output_row else [])]
-        return max(moved) < HARDLY_MOVED
+        return is_hardly_moved(self.input_row, self.output_row)
 
     def as_json(self) -> dict[str, Any]:
         score = self.score or PieceScore()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from colossal_llama.evaluation.held_out_text import Document, documents_digest
+from colossal_llama.evaluation.new_rows import NewPieces, find_new_pieces
 from colossal_llama.evaluation.scoring import Scorer, find_new_rows
 from colossal_llama.evaluation.windows import TextEncoder, Window, cut_documents
 from colossal_llama.inference.loading import (
@@ -29,7 +30,7 @@ from colossal_llama.training.settings import OutputSettings
 from colossal_llama.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 FLAG = "--models"
 LATEST = "latest"
@@ -53,7 +54,8 @@ class PreparedModel:
         num_tokens: of each document's whole text, without BOS and EOS.
         new_rows: output rows that the first model of the comparison does not have; empty where this is no
             extension of it.
-        num_used_rows: how many of those occur in the text.
+        pieces: the tokens of those rows; None where this is no extension, or the first model itself.
+        used: all rows that occur in the text.
         digest: of the text, and of how it was cut.
     """
 
@@ -63,8 +65,14 @@ class PreparedModel:
     windows: list[Window]
     num_tokens: np.ndarray
     new_rows: list[int]
-    num_used_rows: int
+    pieces: NewPieces | None
+    used: frozenset[int]
     digest: str
+
+    @property
+    def num_used_rows(self) -> int:
+        """How many of the new rows occur in the text."""
+        return len(self.used.intersection(self.new_rows))
 
     def facts(self, dtype: str, device: str) -> dict[str, Any]:
         """What the scores depend on, JSON-able."""
@@ -139,7 +147,7 @@ def prepare_models(
     """
     prepared: list[PreparedModel] = []
     problems: list[str] = []
-    first: tuple[dict[str, int], int] | None = None
+    first: tuple[PreTrainedTokenizerFast, int] | None = None
     text = f"{documents_digest(documents)} {context_bytes} {stride_bytes}"
     for files in models:
         try:
@@ -152,9 +160,10 @@ def prepare_models(
         except UserError as error:
             problems += error.problems
             continue
-        vocabulary = tokenizer.get_vocab()
-        first = first or (vocabulary, config.vocab_size)
-        new_rows = find_new_rows(first[0], vocabulary, first[1], config.vocab_size) or []
+        first = first or (tokenizer, config.vocab_size)
+        vocabularies = first[0].get_vocab(), tokenizer.get_vocab()
+        new_rows = find_new_rows(*vocabularies, first[1], config.vocab_size) or []
+        pieces = find_new_pieces(first[0], tokenizer) if new_rows else None
         encoded = encoder.encode(documents, files.name)
         windows = cut_documents(encoded, encoder.bos_id, encoder.eos_id, context_bytes, stride_bytes)
         longest = max(len(window.ids) for window in windows)
@@ -164,10 +173,10 @@ def prepare_models(
                 f"{FLAG} {files.path}: a window has {longest:,} tokens, the model {limit:,} positions; use "
                 f"--context_bytes {context_bytes * limit // longest} or less"
             )
-        used = set(np.unique(np.concatenate([document.ids for document in encoded])).tolist())
+        used = np.unique(np.concatenate([document.ids for document in encoded])).tolist()
         num_tokens = np.array([len(document.ids) for document in encoded], dtype=np.int64)
         prepared.append(
-            PreparedModel(files, base, config, windows, num_tokens, new_rows, len(used & set(new_rows)), text)
+            PreparedModel(files, base, config, windows, num_tokens, new_rows, pieces, frozenset(used), text)
         )
     if problems:
         raise UserError(problems)

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from colossal_llama.evaluation.comparison import ModelScores, NewRowsCost, Result
+from colossal_llama.evaluation.ledger_figures import HARDLY_MOVED
+from colossal_llama.evaluation.standing_rows import MEANS, NewRowsReport
+from colossal_llama.utils.pictures import fonts_for, legend_columns, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Figures = TypeVar("Figures", Result, NewRowsCost)
 # (set, category) -> model -> its figures.
@@ -27,6 +31,8 @@ COLOURS = (
     "tab:pink",
     "tab:cyan",
 )
+# Letters that have room below a tick of the picture.
+SHORT_NAME = 10
 READING = """\
 Bits per byte is the loss divided by the bytes of the text: lower is better, and models with different
 tokenizers can be compared. The best of a row is **bold**. In brackets: the change against {base}, and its
@@ -35,10 +41,18 @@ NEW_ROWS = """\
 Bits per byte that the new rows of the vocabulary take from the tokens that {base} has too: the difference
 that masking their logits makes. It is part of the bits per byte above."""
 
+UNUSED_ROWS = """\
+Rows whose pieces this text has not once, and rows that moved by less than {share} of their length from where
+they started. The start is the nearest of: the means of the rows of {base}, and the models here that
+init_model.py made. Cosine 1 is the direction that a row started with."""
+# Pieces that a cell of a table names.
+NUM_NAMED = 5
+
 
 def make_markdown(
     results: Sequence[Result],
     costs: Sequence[NewRowsCost],
+    new_rows: Sequence[NewRowsReport],
     models: Sequence[ModelScores],
     context_bytes: int,
     stride_bytes: int,
@@ -64,6 +78,12 @@ def make_markdown(
                 "in this text"
                 for model in extended
             ),
+        ]
+    if new_rows:
+        parts += [
+            "## New rows that are not used",
+            UNUSED_ROWS.format(base=base, share=f"{HARDLY_MOVED:.0%}"),
+            _new_rows_table(new_rows),
         ]
     few = {result.set: result for result in results if result.category is None}
     few_sets = [_as_code(name) for name, result in few.items() if result.documents < FEW_DOCUMENTS]
@@ -123,6 +143,35 @@ def _costs_table(rows: Rows[NewRowsCost], names: Sequence[str]) -> str:
     return _table(["set", "category"], list(map(_as_code, names)), lines)
 
 
+def _new_rows_table(reports: Sequence[NewRowsReport]) -> str:
+    lines = []
+    for report in reports:
+        start = report.start or "not known"
+        lines.append(
+            [
+                _as_code(report.model),
+                start if report.start in (None, MEANS) else _as_code(start),
+                f"{report.pieces:,}",
+                _count_and_name(report.never_in_text),
+                "is the start" if report.start == report.model else _count_and_name(report.hardly_moved),
+                *(
+                    "" if cosine is None else f"{cosine:.4f}"
+                    for cosine in (report.median_input_cosine, report.median_output_cosine)
+                ),
+            ]
+        )
+    numbers = ["new pieces", "never in this text", "hardly moved", "median cosine, input", "output"]
+    return _table(["model", "start"], numbers, lines)
+
+
+def _count_and_name(pieces: Sequence[str] | None) -> str:
+    """`7: a, b, c, …`"""
+    if pieces is None:
+        return ""
+    named = ", ".join(map(_as_code, pieces[:NUM_NAMED])) + (", …" if len(pieces) > NUM_NAMED else "")
+    return f"{len(pieces):,}" + (f": {named}" if pieces else "")
+
+
 def _first_cells(key: tuple[str, str | None]) -> list[str]:
     set_name, category = key
     return [_as_code(set_name), "all" if category is None else _as_code(category)]
@@ -140,10 +189,15 @@ def _as_code(text: str) -> str:
 
 def draw_comparison(results: Sequence[Result], names: Sequence[str], path: Path) -> None:
     """Writes the picture: bits per byte of each set by model, and the change against the base."""
+    rows = {key[0]: row for key, row in _rows(results).items() if key[1] is None}
+    with fonts_for([*names, *rows]):
+        _draw_sets(rows, names).savefig(path, dpi=110, format="png")
+
+
+def _draw_sets(rows: Mapping[str, Mapping[str, Result]], names: Sequence[str]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = {key[0]: row for key, row in _rows(results).items() if key[1] is None}
     num_panels = 2 if len(names) > 1 else 1
     width = max(5.5, 2.5 + 0.9 * len(names))
     height = max(4.5, 2 + 0.35 * len(names) * len(rows) if num_panels == 2 else 0)
@@ -154,8 +208,9 @@ def draw_comparison(results: Sequence[Result], names: Sequence[str], path: Path)
     if num_panels == 2:
         _draw_changes(axes[1], rows, names)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
-    figure.savefig(path, dpi=110, format="png")
+    columns = legend_columns(labels, figure.get_figwidth(), most=6)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
 
 
 def _colour(index: int) -> str:
@@ -167,8 +222,9 @@ def _draw_bits(axis: Axes, rows: Mapping[str, Mapping[str, Result]], names: Sequ
     positions = range(len(names))
     for index, (set_name, row) in enumerate(rows.items()):
         values = [row[name].bits_per_byte for name in names]
-        axis.plot(positions, values, color=_colour(index), marker="o", markersize=5, label=set_name)
-    axis.set_xticks(positions, names, rotation=25, ha="right")
+        axis.plot(positions, values, color=_colour(index), marker="o", markersize=5, label=readable(set_name))
+    slanted = {"rotation": 25, "ha": "right"} if max(map(len, names)) > SHORT_NAME else {}
+    axis.set_xticks(positions, list(map(readable, names)), **slanted)
     axis.set_xlim(-0.5, len(names) - 0.5)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("bits per byte")
@@ -188,8 +244,8 @@ def _draw_changes(axis: Axes, rows: Mapping[str, Mapping[str, Result]], names: S
             axis.plot([low, high], [y, y], color=_colour(index), linewidth=2, solid_capstyle="butt")
             axis.plot([result.change], [y], color=_colour(index), marker="o", markersize=5)
     axis.axvline(0, color="0.4", linewidth=1)
-    axis.set_yticks(range(len(others)), others)
+    axis.set_yticks(range(len(others)), list(map(readable, others)))
     axis.set_ylim(len(others) - 0.5, -0.5)
     axis.set_xlabel("change of bits per byte, with its 95 % interval (left: better)")
-    axis.set_title(f"Change against {base}")
+    axis.set_title(f"Change against {readable(base)}")
     axis.grid(alpha=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -201,19 +202,24 @@ def global_batch_line(plan: RunPlan, plugin: Plugin) -> str:
     )
 
 
-def format_plan(plan: RunPlan, plugin: Plugin) -> str:
-    """The plan as tables: the run, its sets, its learning rate, and the memory of a process by part."""
+def format_plan(plan: RunPlan, plugin: Plugin, more: Sequence[tuple[str, object]] = ()) -> str:
+    """The plan as tables: the run, its sets, its learning rate, and the memory of a process by part.
+
+    Args:
+        more: rows for the end of the first table.
+    """
     tables = [
-        _format_run(plan, plugin),
+        _format_run(plan, plugin, more),
         _format_sets(plan),
-        draw_rate(plan.schedule),
+        draw_rate(_shown_schedule(plan, plugin)),
         _format_memory(plan, plugin),
     ]
     return "\n\n".join(table for table in tables if table)
 
 
-def _format_run(plan: RunPlan, plugin: Plugin) -> str:
+def _format_run(plan: RunPlan, plugin: Plugin, more: Sequence[tuple[str, object]]) -> str:
     optimizer = plugin.settings.optimizer
+    schedule = _shown_schedule(plan, plugin)
     rows: list[tuple[str, object]] = [
         ("parameters", plan.parameters.total),
         ("of them trained", plan.parameters.trainable),
@@ -229,17 +235,24 @@ def _format_run(plan: RunPlan, plugin: Plugin) -> str:
         ("rows left out of each epoch", plan.tail_rows),
         ("epochs", optimizer.num_epochs),
         ("steps of the schedule", plan.total_steps),
-        ("warm-up steps", plan.schedule.warmup_steps),
-        ("learning rate", str(plan.schedule)),
-        ("shape of its decay", "none" if plan.schedule.shape == "constant" else plan.schedule.shape),
+        ("warm-up steps", schedule.warmup_steps),
+        ("learning rate", str(schedule)),
+        ("shape of its decay", "none" if schedule.shape == "constant" else schedule.shape),
     ]
-    if (peak := plugin.settings.adaptation.lr_embeddings) is not None:
-        last = replace(plan.schedule, peak=peak).at(plan.total_steps)
-        rows.append(("learning rate of the embeddings", f"{peak:g} down to {last:g}"))
+    if (peak := plugin.settings.adaptation.lr_embeddings) is not None and schedule is plan.schedule:
+        rows.append(("learning rate of the embeddings", str(replace(plan.schedule, peak=peak))))
     if plan.planned_steps != plan.total_steps:
         rows.append(("steps of this run (--max_steps)", plan.planned_steps))
     rows.append(("tokens of this run, about", round(plan.tokens_per_step * plan.planned_steps)))
-    return format_table(("plan", ""), rows)
+    return format_table(("plan", ""), [*rows, *more])
+
+
+def _shown_schedule(plan: RunPlan, plugin: Plugin) -> LearningRateSchedule:
+    """The rates of most parameters: where the embeddings alone train, theirs."""
+    adaptation = plugin.settings.adaptation
+    if adaptation.lr_embeddings is None or not adaptation.freeze_non_embeds_params:
+        return plan.schedule
+    return replace(plan.schedule, peak=adaptation.lr_embeddings)
 
 
 def _format_sets(plan: RunPlan) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from colossal_llama.model.model_config import find_context_length
 from colossal_llama.training.checkpoint.directories import list_checkpoints, resolve_checkpoint
 from colossal_llama.training.checkpoint.kept_optimizer import KeptOptimizer
 from colossal_llama.training.checkpoint.model_files import ModelFiles, prepare_model_files
@@ -84,6 +85,16 @@ class StartingPoint:
     optimizer: KeptOptimizer | None = None
     kept_arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    def describe(self) -> str:
+        """For people; empty for a run that begins with `--pretrained`."""
+        if self.saved is not None:
+            steps = self.saved.state.step
+            return f"Continues {self.saved.checkpoint}: {steps:,} steps are done, and part of the plan"
+        if self.optimizer is not None:
+            saved = self.optimizer.saved
+            return f"A new stage that keeps the optimizer of {saved.checkpoint}, step {saved.state.step:,}"
+        return f"A new stage with the weights of {self.stage_weights}" if self.stage_weights else ""
+
     @property
     def adapter_run(self) -> SavedRun | None:
         """The run whose adapters training continues with, where there are any."""
@@ -129,7 +140,7 @@ class Run:
         sums = sum_lengths(dataset, settings.data.isolate_documents)
         cost = estimate_cost(self.plan, config, sums, settings)
         parts = [
-            format_plan(self.plan, self.plugin),
+            format_plan(self.plan, self.plugin, self._more_of_the_plan()),
             format_cost(cost, settings.costs, settings.layout.mixed_precision),
         ]
         if extension := report_extension(settings.data.pretrained, config, dataset):
@@ -137,6 +148,24 @@ class Run:
             if warning := extension.rare_pieces():
                 warn(warning)
         return "\n\n".join(parts)
+
+    def _more_of_the_plan(self) -> list[tuple[str, object]]:
+        """Of the inputs: a changed context, and what is evaluated when."""
+        config, data = self.inputs.config, self.settings.data
+        rows: list[tuple[str, object]] = []
+        if self.settings.context.is_changed:
+            rows.append(("positions of the model", find_context_length(config)))
+            scaling = self.settings.context.rope_scaling
+            rows.append(
+                ("rotary base", f"{config.rope_theta:,g}{f', scaled by {scaling}' if scaling else ''}")
+            )
+        if sets := self.inputs.evaluation_sets:
+            when = f"every {data.eval_interval:,} steps" if data.eval_interval else "at epoch ends"
+            start = "at the start, " if data.eval_at_start else ""
+            rows.append(("evaluation", f"{start}{when} and at the end"))
+            rows.append(("evaluation rows", sum(len(each) for each in sets.values())))
+            rows.append(("evaluation sets", ", ".join(sets)))
+        return rows
 
     def train(self, stop: StopRequest) -> bool:
         """Trains to the end, or until a stop is asked for; returns whether it came to its end."""
@@ -271,6 +300,8 @@ class Run:
         if not output.benchmark:
             check_outputs(output)
             start = self._check_start(*resolve_checkpoint(output.load_checkpoint, output.save_dir))
+            if beginning := start.describe():
+                log(beginning)
             self.prepare_files(start)
         weights, flag = self._find_weights(start)
         if weights is None:

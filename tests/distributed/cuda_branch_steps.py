@@ -107,6 +107,7 @@ class PackedRows:
         self.bucket_ranges = [[(0, 64)]]
         self.num_tokens = 64 * 32
         self.fingerprint = "packed rows"
+        self.sets: list[Any] = []
 
     def __len__(self) -> int:
         return 64

@@ -1,4 +1,8 @@
-"""Sets mixed by `--dataset_weights`: their figures, in every layout, and after a resume."""
+"""Sets mixed by `--dataset_weights`: their figures, in every layout, and after a resume.
+
+Only new rows train, the rate falls at the end, and each set is evaluated by itself: what a first stage of an
+adaptation asks for at once.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adaptation_parity import EMBEDDINGS, NEW_IDS, extended, load_weights
 from launch import Run, train
-from training_inputs import MAX_LENGTH
+from test_resume import weights_of
+from training_inputs import MAX_LENGTH, TrainingInputs
 
 from colossal_llama.training.data.mixing import MixedOrder
 from colossal_llama.training.data.prepared_rows import PreparedDataset, find_part_directories
@@ -18,7 +24,12 @@ from colossal_llama.training.data.rows import Row
 
 WEIGHTS = (3, 1)
 STEPS = 6
-RUN = ["--lr", 1e-3, "--warmup_steps", 2, "--max_steps", STEPS, "--save_interval", 3]
+RUN = [
+    *("--freeze_non_embeds_params", "new_rows", "--lr", 1e-3, "--warmup_steps", 2, "--max_steps", STEPS),
+    *("--lr_schedule", "wsd", "--decay_start", 2, "--decay_steps", 4, "--min_lr_ratio", 0),
+    *("--save_interval", 3, "--eval_interval", 3),
+]
+RATES = [1e-3 * share for share in (1 / 2, 1, 1, 1 / 2, 1 - 2**-0.5, 1 - 0.75**0.5)]
 SETS = ("new/text", "old")
 FP32 = ["--mixed_precision", "fp32"]
 DDP = ["--plugin", "ddp", *FP32, "--batch_size", 4, "--accumulation_steps", 2]
@@ -45,6 +56,11 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
+def inputs(training_inputs, tmp_path_factory) -> TrainingInputs:
+    return extended(training_inputs, tmp_path_factory.mktemp("extended") / "model")
+
+
+@pytest.fixture(scope="module")
 def sets(training_inputs, tmp_path_factory) -> list[Path]:
     """Two `arrow/` directories; the second has fewer rows than its share asks for."""
     directory = tmp_path_factory.mktemp("sets")
@@ -54,10 +70,10 @@ def sets(training_inputs, tmp_path_factory) -> list[Path]:
     return paths
 
 
-def flags(training_inputs, sets: list[Path]) -> list:
+def flags(inputs: TrainingInputs, sets: list[Path]) -> list:
     return [
-        *("--pretrained", training_inputs.model, "--max_length", MAX_LENGTH),
-        *("--dataset", *sets, "--dataset_weights", *WEIGHTS),
+        *("--pretrained", inputs.model, "--max_length", MAX_LENGTH),
+        *("--dataset", *sets, "--dataset_weights", *WEIGHTS, "--eval_dataset", *sets),
     ]
 
 
@@ -92,21 +108,26 @@ def assert_figures_add_up(run: Run) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(training_inputs, sets, tmp_path_factory) -> Run:
-    run = train(tmp_path_factory.mktemp("whole"), 2, *flags(training_inputs, sets), *RUN, *DDP)
+def whole(inputs, sets, tmp_path_factory) -> Run:
+    run = train(tmp_path_factory.mktemp("whole"), 2, *flags(inputs, sets), *RUN, *DDP)
     assert run.returncode == 0, run.output[-3000:]
     return run
 
 
-def test_figures_of_sets_are_those_of_their_rows_alone(whole, training_inputs, sets):
+def test_figures_of_sets_are_those_of_their_rows_alone(whole, inputs, sets):
     from transformers import AutoModelForCausalLM
 
     assert_figures_add_up(whole)
     assert "share of new/text" in whole.output
+    assert [record["lr"] for record in whole.metrics()] == pytest.approx(RATES)
+    for name in SETS:  # beside the figures of an evaluation, which have the same names
+        evaluated = {r["step"]: r[f"eval_loss/{name}"] for r in whole.metrics() if "eval_loss" in r}
+        assert list(evaluated) == [3, 6]
+        assert evaluated[6] < evaluated[3]
     data = PreparedDataset(find_part_directories(sets), MAX_LENGTH, need_documents=True)
     order = MixedOrder(data.sets, data.row_lengths(), 42, False, WEIGHTS)
     rows = next(order.steps(0, 0, 16))
-    model = AutoModelForCausalLM.from_pretrained(training_inputs.model).eval()
+    model = AutoModelForCausalLM.from_pretrained(inputs.model).eval()
     first = whole.metrics()[0]
     with torch.no_grad():
         for number, name in enumerate(SETS):
@@ -124,7 +145,7 @@ def figures(record: dict) -> dict:
     return {name: value for name, value in record.items() if name not in times}
 
 
-def test_a_resumed_mixture_is_exact(whole, training_inputs, sets, tmp_path):
+def test_a_resumed_mixture_is_exact(whole, inputs, sets, tmp_path):
     checkpoint = whole.save_dir / "epoch-0_step-3"
     state = json.loads((checkpoint / "running_states.json").read_text())
     assert state["state"]["set_tokens"] == [whole.metrics()[2][f"tokens/{name}"] for name in SETS]
@@ -132,16 +153,26 @@ def test_a_resumed_mixture_is_exact(whole, training_inputs, sets, tmp_path):
         json.loads((path / "part-00000" / "prepared.json").read_text())["num_rows"] for path in sets
     ]
     resume = ["--load_checkpoint", checkpoint]
-    run = train(tmp_path, 2, *flags(training_inputs, sets), *RUN, *DDP, *resume)
+    run = train(tmp_path, 2, *flags(inputs, sets), *RUN, *DDP, *resume)
     assert run.returncode == 0, run.output[-3000:]
     assert [figures(r) for r in run.metrics()] == [figures(r) for r in whole.metrics()[3:]]
+    final = weights_of(whole.save_dir / "modeling")
+    assert final
+    assert weights_of(run.save_dir / "modeling") == final
+    source, trained = load_weights(inputs.model), load_weights(run.save_dir / "modeling")
+    for name, tensor in source.items():
+        same = (trained[name] == tensor).reshape(len(tensor), -1).all(dim=1)
+        if name in EMBEDDINGS:
+            assert not same[NEW_IDS.start : NEW_IDS.stop].all()
+            same[NEW_IDS.start : NEW_IDS.stop] = True
+        assert same.all(), name
 
 
 @pytest.mark.slow  # a run for each layout
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_figures_of_sets_are_the_same_in_every_layout(layout, whole, training_inputs, sets, tmp_path):
+def test_figures_of_sets_are_the_same_in_every_layout(layout, whole, inputs, sets, tmp_path):
     processes, layout_flags = LAYOUTS[layout]
-    run = train(tmp_path, processes, *flags(training_inputs, sets), *RUN, *layout_flags)
+    run = train(tmp_path, processes, *flags(inputs, sets), *RUN, *layout_flags)
     assert run.returncode == 0, run.output[-3000:]
     assert_figures_add_up(run)
     for ours, theirs in zip(run.metrics(), whole.metrics(), strict=True):
@@ -152,11 +183,11 @@ def test_figures_of_sets_are_the_same_in_every_layout(layout, whole, training_in
 
 @pytest.mark.slow  # a run of another layout beside the one above
 def test_a_mixture_continues_at_the_same_row_with_another_number_of_rows_a_step(
-    whole, training_inputs, sets, tmp_path
+    whole, inputs, sets, tmp_path
 ):
     layout = ["--plugin", "zero2", *FP32, "--batch_size", 6, "--accumulation_steps", 1]
     resume = ["--load_checkpoint", whole.save_dir / "epoch-0_step-3"]
-    run = train(tmp_path, 2, *flags(training_inputs, sets), *RUN, *layout, *resume, "--max_steps", 7)
+    run = train(tmp_path, 2, *flags(inputs, sets), *RUN, *layout, *resume, "--max_steps", 7)
     assert run.returncode == 0, run.output[-3000:]
     # 4 steps of 12 rows end where 3 steps of 16 rows end.
     for name in SETS:

@@ -40,3 +40,16 @@ def test_a_dry_run_answers_as_the_run_does(name: str, answers: dict[str, dict]) 
     if expected == 2:
         # The flag that the complaint begins with.
         assert said.split()[0] == really_said.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resumed", "epoch-0_step-1: 1 steps are done"),
+        ("new_stage", "A new stage with the weights of "),
+        ("new_stage_with_the_same_optimizer", "A new stage that keeps the optimizer of "),
+        ("longer_context", "500,000, scaled by yarn:2"),
+    ],
+)
+def test_a_dry_run_says_where_the_run_begins(name: str, said: str, answers: dict[str, dict]) -> None:
+    assert said in answers[name]["dry"][1]

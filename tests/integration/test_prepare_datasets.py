@@ -103,7 +103,7 @@ def test_conversations(
     parts = [datasets.load_from_disk(str(path)) for path in sorted((tmp_path / "elsewhere").glob("part-*"))]
     assert len(parts) == 3
     stats = json.loads((tmp_path / "out" / "stats.json").read_text())
-    assert stats["template"] == f"llama{version}"
+    assert (stats["template"], stats["llama_version"]) == ("colossal", version)
     assert stats["records"] == {"read": 100, "kept": 100, "dropped": {}}
     assert (sum(map(len, parts)) == 100) == (not flags)
     assert "unknown" in result.stdout

@@ -43,6 +43,20 @@ def test_quickstart(root: Path, tmp_path: Path, environment: dict[str, str]) -> 
         assert losses[-1] < 0.7 * losses[0]
         assert (output / f"{stage}_logs" / "training_curves.png").is_file()
 
+    # On held-out text, the start of training is the extended model, and each step of the way is better.
+    comparison = json.loads((output / "comparison" / "comparison.json").read_text(encoding="utf-8"))
+    base, extended, trained = (each for each in comparison["results"] if each["category"] is None)
+    assert [each["model"] for each in (base, extended, trained)] == ["base_model", "model", "pretrain"]
+    assert trained["bits_per_byte"] < extended["bits_per_byte"] < base["bits_per_byte"]
+    assert trained["interval"][1] < 0
+    metrics = (output / "pretrain_logs" / "metrics.jsonl").read_text(encoding="utf-8")
+    first = json.loads(metrics.splitlines()[0])
+    assert first["step"] == 0
+    assert abs(first["eval_bits_per_byte"] - extended["bits_per_byte"]) < 0.05
+    reports = {report["model"]: report for report in comparison["new_rows"]}
+    assert reports["pretrain"]["start"] == reports["model"]["start"] == "model"
+    assert len(reports["pretrain"]["hardly_moved"]) < reports["pretrain"]["pieces"] / 10
+
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = (

@@ -218,7 +218,8 @@ def test_commands_of_quickstart(quickstart_commands: list[list[str]], capsys: py
         "prepare_sft_dataset.py",
         "train.py",
     ]
-    assert len(quickstart_commands) >= 8 + 3
+    assert script_and_arguments(quickstart_commands[-1])[0] == "colossal_llama/evaluation/compare_models.py"
+    assert len(quickstart_commands) >= 8 + 3 + 1
     for words in quickstart_commands:
         assert_parses(words, capsys)
 

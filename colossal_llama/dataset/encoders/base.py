@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 UNNAMED_CHOICES = {
     "conversation_template": ("colossal",),
     "long_documents": ("chunk", "truncate"),  # named as `truncate`
-    "engine": ("tokenizers",),
+    "engine": ("hf",),
+    "engine_version": ("",),
     "text_field": ("",),
     "bound_form": (None,),
 }
@@ -40,7 +41,9 @@ class EncoderSpec:
         long_documents: what becomes of them, a name in `LONG_DOCUMENTS` (pretrain).
         conversation_template: a name in `TEMPLATES` (sft).
         template, template_tokens: the tokenizer's own chat template, and its special tokens by name.
-        engine: what encodes texts, a name in `ENGINES`.
+        engine, engine_version: what encodes texts, a name in `ENGINES`, and its package's version. The output
+            does not depend on it, but one that turns out to be wrong must leave no shards for another.
+        engine_json: the serialised tokenizer as the engine reads it, "" for `tokenizer_json`.
         text_field: the field that a record's text is in, "" for `source` and `target` (pretrain).
         bound_form: the template for the tokenizer (sft).
         carried: what the parts say of their template; encodes nothing.
@@ -55,7 +58,9 @@ class EncoderSpec:
     conversation_template: str = "colossal"
     template: str = ""
     template_tokens: TemplateTokens = ()
-    engine: str = "tokenizers"
+    engine: str = "hf"
+    engine_version: str = ""
+    engine_json: str = ""
     text_field: str = ""
     bound_form: BoundForm | None = None
     carried: CarriedTemplate | None = None
@@ -78,7 +83,7 @@ class EncoderSpec:
             "tokenizer_json": Path(self.tokenizer_json).name,
             "truncate": self.long_documents == "truncate",
         }
-        del key["carried"]
+        del key["carried"], key["engine_json"]
         return {name: value for name, value in key.items() if value not in UNNAMED_CHOICES.get(name, ())}
 
 
@@ -122,6 +127,7 @@ class RecordEncoder(Protocol):
     """One kind of data set: how its records are read and encoded."""
 
     fields: ClassVar[tuple[str, ...]]  # of a record, those that are read
+    uses_engine: ClassVar[bool]  # that of the spec; off: `tokenizers` itself
 
     def __init__(self, spec: EncoderSpec) -> None: ...
 

@@ -30,13 +30,20 @@ class ConversationEncoder:
     """Conversations in the template that the spec names."""
 
     fields = CONVERSATION_FIELDS
+    uses_engine = True
 
     def __init__(self, spec: EncoderSpec) -> None:
         assert spec.bound_form is not None
         self.max_length = spec.max_length
-        engine = load_engine(spec.engine, spec.tokenizer_json)
+        engine = load_engine(spec.engine, spec.tokenizer_json, spec.engine_json)
         template = find_template(spec.conversation_template)
-        self.template = template(spec.bound_form, engine.encode, engine.encode_with_offsets)
+        self.template = template(
+            spec.bound_form,
+            lambda texts: map(as_list, engine.encode(texts)),
+            lambda texts, positions: (
+                (as_list(ids), border) for ids, border in engine.encode_with_borders(texts, positions)
+            ),
+        )
         self.special_strings = SpecialStrings(spec.bound_form.special_tokens)
 
     @classmethod
@@ -75,6 +82,11 @@ class ConversationEncoder:
         if reason is None:
             return None
         return Outcome(0, reason=reason, notes=describe_conversation(record.messages))
+
+
+def as_list(ids: Sequence[int]) -> list[int]:
+    """Ids of an engine as Python's integers: turns are joined from many short ones."""
+    return ids.tolist() if isinstance(ids, np.ndarray) else ids  # type: ignore[return-value]
 
 
 def keep_whole_turns(record: ConversationRecord, turns: EncodedTurns, max_length: int) -> Outcome:

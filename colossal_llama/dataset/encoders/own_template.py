@@ -46,6 +46,7 @@ class ChatTemplateEncoder:
     """Conversations in the tokenizer's template; whole turns up to `max_length`."""
 
     fields = CONVERSATION_FIELDS
+    uses_engine = False
 
     def __init__(self, spec: EncoderSpec) -> None:
         from transformers import PreTrainedTokenizerFast

@@ -11,7 +11,7 @@ import numpy as np
 from colossal_llama.corpus.records import take_category, take_string
 from colossal_llama.dataset.encoders import find_policy
 from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome
-from colossal_llama.dataset.engines import OffsetEncoding, load_engine
+from colossal_llama.dataset.engines import load_engine
 from colossal_llama.dataset.settings import PretrainSettings
 
 if TYPE_CHECKING:
@@ -40,9 +40,11 @@ class PretrainRecord:
 class PretrainEncoder:
     """`{"source", "target", "category"}`: BOS + source + target + EOS, loss on what ends beyond `source`."""
 
+    uses_engine = True
+
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
-        self.engine = load_engine(spec.engine, spec.tokenizer_json)
+        self.engine = load_engine(spec.engine, spec.tokenizer_json, spec.engine_json)
         self.fit = find_policy(spec.long_documents)
         text_field = spec.text_field
         self.fields = (text_field, "category") if text_field else ("source", "target", "category")
@@ -75,16 +77,18 @@ class PretrainEncoder:
         texts = [records[i].target for i in without_source]
         for i, ids in zip(without_source, self.engine.encode(texts), strict=True):
             outcomes[i] = self._finish(records[i], self._add_ends(ids))
-        # Only these need offsets, which cost a part of the tokenizer's speed.
+        # Only these need a border, which costs a part of the tokenizer's speed.
         texts = [records[i].source + records[i].target for i in with_source]
-        for i, encoding in zip(with_source, self.engine.encode_with_offsets(texts), strict=True):
-            stored = self._add_ends(encoding.ids)
-            num_without_loss = 1 + find_first_token_beyond(encoding, len(records[i].source))
+        positions = [len(records[i].source) for i in with_source]
+        encoded = self.engine.encode_with_borders(texts, positions)
+        for i, (ids, border) in zip(with_source, encoded, strict=True):
+            stored = self._add_ends(ids)
+            num_without_loss = 1 + border
             stored[:num_without_loss] = ~stored[:num_without_loss]
             outcomes[i] = self._finish(records[i], stored)
         return outcomes  # type: ignore[return-value]
 
-    def _add_ends(self, ids: list[int]) -> np.ndarray:
+    def _add_ends(self, ids: Sequence[int]) -> np.ndarray:
         stored = np.empty(len(ids) + 2, dtype=np.int32)
         stored[0] = self.spec.bos_id
         stored[1:-1] = ids
@@ -100,17 +104,3 @@ class PretrainEncoder:
         if num_tokens <= max_length:
             return Outcome(num_tokens, [stored])
         return self.fit(stored, max_length)
-
-
-def find_first_token_beyond(encoding: OffsetEncoding, num_characters: int) -> int:
-    """Index of the first token that ends beyond the first `num_characters` characters of its text.
-
-    When no token does (the text is no longer, or the normaliser removed the rest), the number of tokens.
-    """
-    index = encoding.char_to_token(num_characters)
-    if index is not None:
-        return index
-    for index, (_, end) in enumerate(encoding.offsets):
-        if end > num_characters:
-            return index
-    return len(encoding)

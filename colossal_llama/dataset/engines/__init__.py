@@ -1,48 +1,47 @@
-"""What encodes texts with a serialised tokenizer, one engine in one file each.
+"""What encodes texts with a serialised tokenizer, one engine in one file each (`--tokenizer_engine`).
 
 A new engine is a class with the methods of `Engine` in a file of its own, and a line here. Its ids must be
-those of the tokenizer, or the data fits no model; its name is a part of what decides a shard's content.
+those of the Hugging Face library, or the data fits no model: it is tried out before it is used (`trial`) and
+checked while it works (`checked`). Nothing that is written depends on which one encodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from colossal_llama.utils.registry import look_up
 
-ENGINES = {"tokenizers": "colossal_llama.dataset.engines.huggingface:TokenizersEngine"}
+if TYPE_CHECKING:
+    from colossal_llama.dataset.engines.base import TextEncoder
+
+REFERENCE = "hf"
+ENGINES = {
+    REFERENCE: "colossal_llama.dataset.engines.huggingface:TokenizersEngine",
+    "tuetoken": "colossal_llama.dataset.engines.tuetoken:TuetokenEngine",
+}
+# Engine -> versions of the package of that name that the tests run with; `auto` takes no other.
+TESTED_VERSIONS = {"tuetoken": ("0.1.3",)}
 
 
-class OffsetEncoding(Protocol):
-    """A text's tokens and where they come from.
+def installed_version(name: str) -> str | None:
+    """The version of an engine's package; None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
-    Attributes:
-        ids: the tokens.
-        offsets: the half-open span of characters of each token.
+
+def load_engine(name: str, tokenizer_json: str, engine_json: str = "") -> TextEncoder:
+    """The engine of this name for the tokenizer in a file, checked while it works.
+
+    Args:
+        engine_json: the same tokenizer as the engine reads it; "" for the same file.
     """
+    reference = look_up(ENGINES, REFERENCE)(tokenizer_json)
+    if name == REFERENCE:
+        return reference
+    from colossal_llama.dataset.engines.checked import CheckedEngine
 
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-    def __len__(self) -> int: ...
-
-    def char_to_token(self, position: int) -> int | None:
-        """Index of the token that holds a character, if one does."""
-
-
-class Engine(Protocol):
-    """Encodes texts as they are: nothing added, cut or padded; special tokens' strings are plain text."""
-
-    def __init__(self, tokenizer_json: str) -> None: ...
-
-    def encode(self, texts: Sequence[str]) -> Iterable[list[int]]:
-        """The ids of each text."""
-
-    def encode_with_offsets(self, texts: Sequence[str]) -> Iterable[OffsetEncoding]:
-        """The same ids with offsets, which cost a part of the speed."""
-
-
-def load_engine(name: str, tokenizer_json: str) -> Engine:
-    """The engine of this name for the tokenizer in a file."""
-    return look_up(ENGINES, name)(tokenizer_json)
+    engine = look_up(ENGINES, name)(engine_json or tokenizer_json)
+    return CheckedEngine.of_file(name, engine, reference, tokenizer_json)

@@ -1,8 +1,8 @@
-"""The Rust library of Hugging Face, which made the file that it reads."""
+"""The Rust library of Hugging Face, which made the file that it reads: the reference for all others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Encoding, Tokenizer
 
@@ -27,5 +27,21 @@ class TokenizersEngine:
             encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         )
 
-    def encode_with_offsets(self, texts: Sequence[str]) -> Iterable[Encoding]:
-        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+    def encode_with_borders(
+        self, texts: Sequence[str], positions: Sequence[int]
+    ) -> Iterator[tuple[list[int], int]]:
+        """See `TextEncoder`; offsets cost a part of the speed."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        for encoding, position in zip(encodings, positions, strict=True):
+            yield encoding.ids, count_before(encoding, position)
+
+
+def count_before(encoding: Encoding, position: int) -> int:
+    """The number of tokens before the first one that ends beyond the first `position` characters.
+
+    When no token does (the text is no longer, or the normaliser removed the rest), the number of tokens.
+    """
+    index = encoding.char_to_token(position)
+    if index is not None:
+        return index
+    return next((i for i, (_, end) in enumerate(encoding.offsets) if end > position), len(encoding))

@@ -26,8 +26,10 @@ class Workers(Protocol):
 
     def __exit__(self, *exception: Any) -> None: ...
 
-    def check_storage(self, output_dirs: Sequence[Path], files: Sequence[InputFile]) -> None:
-        """Makes sure that every worker sees these; raises `UserError`."""
+    def check_storage(
+        self, output_dirs: Sequence[Path], files: Sequence[InputFile], packages: Sequence[str] = ()
+    ) -> None:
+        """Makes sure that every worker sees these and has these packages too; raises `UserError`."""
 
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[int, Result]]:
         """Yields `(index of the task, function(task))` as they finish, in any order.

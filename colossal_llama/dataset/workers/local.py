@@ -55,7 +55,9 @@ class LocalWorkers:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def check_storage(self, output_dirs: Sequence[Path], files: Sequence[InputFile]) -> None:
+    def check_storage(
+        self, output_dirs: Sequence[Path], files: Sequence[InputFile], packages: Sequence[str] = ()
+    ) -> None:
         """Other processes of this machine see what this one sees."""
         remove_token_files(output_dirs)
 

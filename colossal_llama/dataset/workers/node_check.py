@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from colossal_llama.utils.files import wait_for_file
 
 # What the bytes of the output depend on.
 PACKAGES = ("tokenizers", "numpy", "orjson", "pyarrow", "transformers", "jinja2")
+OWN = "colossal_llama"
 SOURCES = ("corpus", "conversation", "dataset", "tokenizer", "utils")
 MAX_SAMPLES = 50
 SECONDS_TO_SEE_A_FILE = 60.0
@@ -44,7 +45,9 @@ class NodeCheck:
 
 
 @contextlib.contextmanager
-def make_node_check(output_dirs: Sequence[Path], files: Sequence[InputFile]) -> Iterator[NodeCheck]:
+def make_node_check(
+    output_dirs: Sequence[Path], files: Sequence[InputFile], packages: Sequence[str] = ()
+) -> Iterator[NodeCheck]:
     """A check against these directories (made where they are missing) and files, valid inside the block."""
     remove_token_files(output_dirs)
     key = secrets.token_hex(8)
@@ -55,7 +58,7 @@ def make_node_check(output_dirs: Sequence[Path], files: Sequence[InputFile]) -> 
             token_files.append(directory / f"{TOKEN_PREFIX}{key}")
             token_files[-1].write_text(key, encoding="utf-8")
         step = max(1, -(-len(files) // MAX_SAMPLES))
-        yield NodeCheck(key, tuple(map(str, token_files)), tuple(files[::step]), describe_software())
+        yield NodeCheck(key, tuple(map(str, token_files)), tuple(files[::step]), describe_software(packages))
     finally:
         for path in token_files:
             path.unlink(missing_ok=True)
@@ -68,10 +71,14 @@ def remove_token_files(output_dirs: Sequence[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def describe_software() -> dict[str, str]:
-    """Versions of everything that decides the output's bytes, this package's own sources among it."""
+def describe_software(packages: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of everything that decides the output's bytes, this package's own sources among it.
+
+    Args:
+        packages: others that the run needs.
+    """
     found = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *packages):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -80,14 +87,15 @@ def describe_software() -> dict[str, str]:
     package_dir = Path(__file__).resolve().parents[2]
     for path in sorted(path for name in SOURCES for path in (package_dir / name).rglob("*.py")):
         digest.update(path.read_bytes())
-    return {**found, "colossal_llama": digest.hexdigest()[:12]}
+    return {**found, OWN: digest.hexdigest()[:12]}
 
 
 def find_node_problems(check: NodeCheck) -> list[str]:
     """What keeps this machine from taking part, each as a sentence without the machine's name."""
     problems = []
-    for name, ours in describe_software().items():
-        if (wanted := check.software[name]) != ours:
+    found = describe_software(name for name in check.software if name not in (*PACKAGES, OWN))
+    for name, wanted in check.software.items():
+        if (ours := found[name]) != wanted:
             problems.append(f"has {name} {ours}, not {wanted}; install the same versions on every node")
     directory_problems = [_find_directory_problem(Path(path), check.key) for path in check.token_files]
     problems += [problem for problem in directory_problems if problem]

@@ -72,7 +72,9 @@ class RayWorkers:
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
-    def check_storage(self, output_dirs: Sequence[Path], files: Sequence[InputFile]) -> None:
+    def check_storage(
+        self, output_dirs: Sequence[Path], files: Sequence[InputFile], packages: Sequence[str] = ()
+    ) -> None:
         """Every node has to see the same files and to run the same versions.
 
         Nodes that join later are checked by their first task.
@@ -80,7 +82,7 @@ class RayWorkers:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._check = self._stack.enter_context(make_node_check(output_dirs, files))
+        self._check = self._stack.enter_context(make_node_check(output_dirs, files, packages))
         nodes = {node_id: node for node_id, node in self._nodes.items() if _is_at_work(node)}
         answers = {
             _remote(_check_node, 0, NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(

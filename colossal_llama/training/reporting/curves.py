@@ -11,10 +11,11 @@ from colossal_llama.training.reporting.metrics import CURVES_FILE, read_all_stag
 from colossal_llama.training.reporting.set_curves import draw_sets, find_sets
 from colossal_llama.training.reporting.smoothing import FEW_STEPS, smooth
 from colossal_llama.utils.console import warn
+from colossal_llama.utils.pictures import fonts_for, legend_columns, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import FigureBase
+    from matplotlib.figure import Figure, FigureBase
 
 STEP_AXIS, TOKEN_AXIS = "optimizer step", "tokens seen"
 BITS = "eval_bits_per_byte"
@@ -84,8 +85,7 @@ def draw_curves(directory: Path) -> Path | None:
     if not has_losses[-1]:
         return None
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         warn(f"no {CURVES_FILE}: {error}")
         return None
@@ -96,15 +96,28 @@ def draw_curves(directory: Path) -> Path | None:
     set_names = list(
         dict.fromkeys(name for _, curves in rows for curve in curves for name in curve.bits_per_byte)
     )
+    path = directory / CURVES_FILE
+    with fonts_for([*set_names, *find_sets(stages[-1])]):
+        _draw_run(rows, set_names, stages[-1]).savefig(path, dpi=110)
+    return path
+
+
+def _draw_run(
+    rows: list[tuple[str, list[Curve]]], set_names: list[str], records: list[dict[str, Any]]
+) -> Figure:
+    """The panels of each row (title, curves), and where the records tell sets of the data apart, those."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     num_panels = 4 if set_names else 3
-    has_sets = bool(find_sets(stages[-1]))
+    has_sets = bool(find_sets(records))
     size = (16 / 3 * num_panels, 4.8 * (len(rows) + has_sets))
     picture = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(picture)
     figure: FigureBase = picture
     if has_sets:
         figure, below = picture.subfigures(2, 1, height_ratios=[len(rows), 1])
-        for axis in draw_sets(below, stages[-1]):
+        for axis in draw_sets(below, records):
             _finish(axis, rows[0][1], STEP_AXIS, axis.get_title())
     panels = figure.subplots(len(rows), num_panels, squeeze=False)
     for axes, (title, curves) in zip(panels, rows, strict=True):
@@ -119,11 +132,9 @@ def draw_curves(directory: Path) -> Path | None:
     for axis in (panels[-1, 1], *panels[-1, 3:]):
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    columns = min(len(named), 7)
+    columns = legend_columns(list(named), size[0], most=7)
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False)
-    path = directory / CURVES_FILE
-    picture.savefig(path, dpi=110)
-    return path
+    return picture
 
 
 def _headline(curve: Curve) -> str:
@@ -175,12 +186,12 @@ def _draw_bits_per_byte(axis: Axes, curves: list[Curve], set_names: list[str], t
             is_sum = name == ALL_SETS and not alone
             axis.plot(
                 *curve.bits_per_byte[name],
-                color="0.5" if is_sum else colours.get(name, SET_COLOURS[0]),
+                color="black" if is_sum else colours.get(name, SET_COLOURS[0]),
                 linestyle="--" if is_sum else "-",
                 linewidth=1 if is_sum else 1.6,
                 marker="o",
                 markersize=3.5,
-                label="bits per byte" if alone else f"bits per byte, {name}",
+                label="bits per byte" if alone else f"bits per byte, {readable(name)}",
             )
     axis.set_ylabel("bits per byte of text")
     _finish(axis, curves, STEP_AXIS, title)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_llama.training.reporting.set_figures import LOSS, PASSES, SHARE
 from colossal_llama.training.reporting.smoothing import FEW_STEPS, smooth
+from colossal_llama.utils.pictures import legend_columns, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,12 +40,14 @@ def draw_sets(figure: FigureBase, records: list[dict[str, Any]]) -> list[Axes]:
             marker = "o" if len(steps) < FEW_STEPS else None
             color = _COLORS[number % len(_COLORS)]
             drawn = smooth(values) if figure_name == LOSS else values
-            axis.plot(steps, drawn, color=color, label=name, marker=marker, markersize=3)
+            axis.plot(steps, drawn, color=color, label=readable(name), marker=marker, markersize=3)
         axis.set_title(title)
     axes[0].set_ylabel("loss, nats per token, smoothed")
     axes[1].set_ylabel("share of the tokens")
+    axes[1].set_ylim(bottom=0)
     axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes[2].set_ylabel("passes")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 7), frameon=False)
+    columns = legend_columns(labels, figure.bbox.width / figure.dpi, most=7)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return list(axes)

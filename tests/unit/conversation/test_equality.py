@@ -85,12 +85,16 @@ def make_template(name: str, tokenizer: Any) -> TurnTemplate:
     backend = plain_text_backend(follow_special_tokens(tokenizer.backend_tokenizer.to_str()))
 
     def encode(given_texts: Any) -> list[list[int]]:
-        return [encoding.ids for encoding in encode_with_offsets(given_texts)]
+        return [encoding.ids for encoding in encode_all(given_texts)]
 
-    def encode_with_offsets(given_texts: Any) -> list[Any]:
+    def encode_all(given_texts: Any) -> list[Any]:
         return backend.encode_batch(list(given_texts), add_special_tokens=False)
 
-    return template(bound, encode, encode_with_offsets)
+    def encode_with_borders(given_texts: Any, positions: Any) -> list[tuple[list[int], int]]:
+        pairs = zip(encode_all(given_texts), positions, strict=True)
+        return [(e.ids, sum(end <= position for _, end in e.offsets)) for e, position in pairs]
+
+    return template(bound, encode, encode_with_borders)
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=" with ".join)

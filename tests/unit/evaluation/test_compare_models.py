@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from colossal_llama.evaluation import compare_models, scoring
+from colossal_llama.evaluation import compare_models, scoring, standing_rows
 from colossal_llama.evaluation.models import _names, find_models
 from colossal_llama.utils.errors import UserError
 
@@ -154,6 +154,83 @@ def test_new_rows_cost_old_text_what_masking_them_gives_back(
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     assert "## Cost of new rows" in text
     assert f"{facts['extended']['new_rows_in_text']} of {facts['extended']['new_rows']} new rows" in text
+
+
+def test_new_rows_that_are_not_used(
+    models: dict[str, Path], held_out: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the new rows are trained; where they started from is told by the files."""
+    trained = AutoModelForCausalLM.from_pretrained(models["extended"])
+    tokenizer = AutoTokenizer.from_pretrained(models["extended"])
+    first, size = len(AutoTokenizer.from_pretrained(models["llama2"])), len(tokenizer)
+    middle = (first + size) // 2
+    with torch.no_grad():
+        trained.get_input_embeddings().weight[middle:size] *= 2
+        trained.get_output_embeddings().weight[middle:size] *= -1
+    directory = tmp_path / "trained"
+    shutil.copytree(models["extended"], directory)
+    (directory / "model_initialization.json").unlink()  # as training leaves it out
+    trained.save_pretrained(directory)
+
+    def reports(given: list[Path]) -> dict[str, dict[str, Any]]:
+        compare(tmp_path / "out", given, [held_out["zh"]], monkeypatch)
+        content = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
+        return {report["model"]: report for report in content["new_rows"]}
+
+    alone = reports([models["llama2"], directory])
+    both = reports([models["llama2"], directory, models["extended"], models["llama3 tied"]])
+    by_name = {Path(name).name: report for name, report in both.items()}
+    assert set(by_name) == {"trained", "extended"}
+    assert Path(by_name["extended"]["start"]).name == Path(by_name["trained"]["start"]).name == "extended"
+    assert by_name["extended"]["hardly_moved"] is None
+    # An adapter that trained the embeddings has them in its own files.
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(models["extended"]), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    with torch.no_grad():
+        for adapted_layer, layer in (
+            (adapted.get_input_embeddings(), trained.get_input_embeddings()),
+            (adapted.get_output_embeddings(), trained.get_output_embeddings()),
+        ):
+            adapted_layer.weight.copy_(layer.weight)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    (of_adapter,) = reports([models["llama2"], tmp_path / "adapter"]).values()
+    (found,) = alone.values()
+    for key in ("hardly_moved", "median_output_cosine", "start"):
+        assert of_adapter[key] == found[key]
+    assert found["start"] == "means of the base's rows"
+    ids = {
+        token
+        for record in records_of(held_out["zh"])
+        for token in tokenizer(record["target"], add_special_tokens=False)["input_ids"]
+    }
+    for report in (found, by_name["trained"]):
+        assert report["pieces"] == size - first
+        assert len(report["hardly_moved"]) == middle - first
+        assert len(report["never_in_text"]) == len(set(range(first, size)) - ids)
+        assert report["median_input_cosine"] == pytest.approx(1, abs=1e-5)
+        assert -1.001 < report["median_output_cosine"] < 1
+    text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    assert "## New rows that are not used" in text
+
+
+def test_rows_that_cannot_be_read_do_not_stop_a_comparison(
+    models: dict[str, Path],
+    held_out: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("no tensor")
+
+    monkeypatch.setattr(standing_rows, "read_rows", refuse)
+    compare(tmp_path, [models["llama2"], models["extended"]], [held_out["zh"]], monkeypatch)
+    (report,) = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))["new_rows"]
+    assert report["start"] is report["hardly_moved"] is None
+    assert "how far its new rows moved can't be told: no tensor" in capsys.readouterr().err
 
 
 def test_a_comparison_that_was_killed_continues(

@@ -10,10 +10,18 @@ import numpy as np
 from colossal_llama.evaluation.comparison import ModelScores, compare, costs_of_new_rows
 from colossal_llama.evaluation.held_out_text import Document
 from colossal_llama.evaluation.report import draw_comparison, make_markdown
+from colossal_llama.evaluation.standing_rows import MEANS, NewRowsReport
 
 DOCUMENTS = [
     *(Document("zh|1", category, "", "人" * 10) for category in "ab" for _ in range(20)),
     *(Document("en", "web", "", "river" * 6) for _ in range(5)),
+]
+
+NEW_ROWS = [
+    NewRowsReport("made", 9, list("abcdef"), "made"),
+    NewRowsReport("run/step-5", 9, ["a|b"], "made", [], 0.5, None),
+    NewRowsReport("other", 9, [], MEANS, ["中"], 1.0, 0.25),
+    NewRowsReport("unknown", 9, []),
 ]
 
 
@@ -30,7 +38,7 @@ def make_scores() -> list[ModelScores]:
 
 def make_text(scores: list[ModelScores]) -> str:
     results, costs = compare(DOCUMENTS, scores), costs_of_new_rows(DOCUMENTS, scores)
-    return make_markdown(results, costs, scores, 8192, 4096)
+    return make_markdown(results, costs, NEW_ROWS, scores, 8192, 4096)
 
 
 def test_tables() -> None:
@@ -45,6 +53,10 @@ def test_tables() -> None:
         "| set | category | `run/step-5` |",
         "| `en` | all | 0.1000 |",
         "- `run/step-5`: 30 of 40 new rows occur in this text",
+        "| `made` | `made` | 9 | 6: `a`, `b`, `c`, `d`, `e`, … | is the start |  |  |",
+        "| `run/step-5` | `made` | 9 | 1: `a\\|b` | 0 | 0.5000 |  |",
+        "| `other` | means of the base's rows | 9 | 0 | 1: `中` | 1.0000 | 0.2500 |",
+        "| `unknown` | not known | 9 | 0 |  |  |  |",
         "Sets of fewer than 30 documents, whose intervals are rough: `en`",
         "Context 8,192 bytes, stride 4,096 bytes.",
     ):

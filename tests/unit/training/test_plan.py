@@ -186,9 +186,16 @@ def test_what_trains_differently_is_in_the_plan() -> None:
     assert "0.0001 down to 1e-05" in text
     assert "embeddings, norms" in text
     assert "new rows" not in text
-    plugin, plan = plan_of("--plugin ddp --freeze_non_embeds_params new_rows", 100, world_size=1)
+    flags = "--plugin ddp --freeze_non_embeds_params new_rows --lr_embeddings 2e-4"
+    plugin, plan = plan_of(flags, 100, world_size=1)
     plugin.new_ids = range(1000, 2345)
-    assert "1,000 to 2,344 of each embedding" in format_plan(plan, plugin)
+    text = format_plan(plan, plugin, [("evaluation", "at epoch ends")])
+    assert "1,000 to 2,344 of each embedding" in text
+    # The embeddings alone train: no weight has the other rate.
+    assert cells(text)["learning rate"] == ["0.0002 down to 2e-05"]
+    assert " 2.0e-04 |" in text
+    assert "learning rate of the embeddings" not in text
+    assert "at epoch ends" in text
 
 
 # Several sets

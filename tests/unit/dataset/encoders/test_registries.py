@@ -76,7 +76,7 @@ def test_every_name_is_found() -> None:
     assert all(find_template(name).of_tokenizer for name in TEMPLATES)
     assert all(find_encoder(kind).make_spec for kind in ENCODERS)
     assert all(callable(find_policy(name)) for name in LONG_DOCUMENTS)
-    assert list(ENGINES) == ["tokenizers"]
+    assert list(ENGINES) == ["hf", "tuetoken"]
 
 
 def test_a_new_template(tokenizer: Any, tokenizer_json: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_a_new_engine(tokenizer: Any, tokenizer_json: str, monkeypatch: pytest.M
     spec = EncoderSpec("pretrain", 1, 2, 128, tokenizer_json)
     record = {"source": "", "target": "The river", "category": "c"}
     outcomes = []
-    for engine in ENGINES:
+    for engine in ("hf", "counting"):
         encoder = load_encoder(dataclasses.replace(spec, engine=engine))
         outcomes += encoder.encode([encoder.parse(record)])
     assert outcomes[0].pieces[0].tolist() == outcomes[1].pieces[0].tolist()
@@ -106,12 +106,12 @@ def test_a_new_engine(tokenizer: Any, tokenizer_json: str, monkeypatch: pytest.M
     assert dataclasses.replace(spec, engine="counting").as_key()["engine"] == "counting"
 
 
-def test_an_engine_gives_the_same_ids_with_offsets(tokenizer_json: str) -> None:
-    engine = load_engine("tokenizers", tokenizer_json)
+def test_an_engine_gives_the_same_ids_with_borders(tokenizer_json: str) -> None:
+    engine = load_engine("hf", tokenizer_json)
     texts = ["The river </s>", "", "长江 carries"]
-    encodings = list(engine.encode_with_offsets(texts))
-    assert [encoding.ids for encoding in encodings] == list(engine.encode(texts))
-    assert all(len(encoding.offsets) == len(encoding) for encoding in encodings)
+    encoded = list(engine.encode_with_borders(texts, [3, 1, 2]))
+    assert [ids for ids, _ in encoded] == list(engine.encode(texts))
+    assert [border for _, border in encoded][1] == 0
 
 
 def test_a_new_policy(tokenizer_json: str, monkeypatch: pytest.MonkeyPatch) -> None:
