@@ -124,7 +124,7 @@ class Plugin(ABC):
         layout, problems = self.settings.layout, []
         if layout.compile and not self.compiles:
             problems.append(
-                f"--compile: {self.name} can't train compiled layers; use zero2 or ddp, or leave it out"
+                f"--compile: {self.name} not tested with compiled layers; use zero2 or ddp, or leave it out"
             )
         if self.splits_model:
             return problems
