@@ -63,6 +63,7 @@ def train_source(directory: Path, vocab_size: int, num_texts: int = 60_000) -> N
 
     spec = importlib.util.spec_from_file_location("maker", ROOT / "examples" / "make_base_model.py")
     maker = importlib.util.module_from_spec(spec)
+    sys.modules["maker"] = maker  # its dataclasses look themselves up
     spec.loader.exec_module(maker)
     maker.make_tokenizer(made_up_texts(num_texts, random.Random(0)), directory, vocab_size)
 
