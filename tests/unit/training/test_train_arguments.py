@@ -356,6 +356,6 @@ def test_every_argument_has_a_help_text_with_its_default(capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(["--help"])
     assert caught.value.code == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "2.5 % of the steps" in shown
     assert "(default: 4096)" in shown
