@@ -13,7 +13,7 @@ import numpy as np
 
 from colossal_llama.evaluation.held_out_text import Document, documents_digest
 from colossal_llama.evaluation.new_rows import NewPieces, find_new_pieces
-from colossal_llama.evaluation.scoring import Scorer, find_new_rows
+from colossal_llama.evaluation.scoring import Scorer, find_rows_beyond_base
 from colossal_llama.evaluation.windows import TextEncoder, Window, cut_documents
 from colossal_llama.inference.loading import (
     find_base,
@@ -162,7 +162,7 @@ def prepare_models(
             continue
         first = first or (tokenizer, config.vocab_size)
         vocabularies = first[0].get_vocab(), tokenizer.get_vocab()
-        new_rows = find_new_rows(*vocabularies, first[1], config.vocab_size) or []
+        new_rows = find_rows_beyond_base(*vocabularies, first[1], config.vocab_size) or []
         pieces = find_new_pieces(first[0], tokenizer) if new_rows else None
         encoded = encoder.encode(documents, files.name)
         windows = cut_documents(encoded, encoder.bos_id, encoder.eos_id, context_bytes, stride_bytes)

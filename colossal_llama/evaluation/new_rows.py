@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colossal_llama.evaluation.scoring import find_new_rows
+from colossal_llama.evaluation.scoring import find_rows_beyond_base
 from colossal_llama.tokenizer.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class EmbeddingRows:
 def find_new_pieces(base: PreTrainedTokenizerFast, extended: PreTrainedTokenizerFast) -> NewPieces | None:
     """None where a tokenizer does not extend the other; of equal ones, no pieces."""
     vocabulary = extended.get_vocab()
-    new_ids = find_new_rows(base.get_vocab(), vocabulary, 0, 0)
+    new_ids = find_rows_beyond_base(base.get_vocab(), vocabulary, 0, 0)
     if new_ids is None:
         return None
     table = TokenBytes.of_tokenizer(extended)

@@ -130,7 +130,7 @@ def score_in_halves(
     return [*score_in_halves(score, windows[:half]), *score_in_halves(score, windows[half:])]
 
 
-def find_new_rows(
+def find_rows_beyond_base(
     base_vocabulary: dict[str, int], vocabulary: dict[str, int], num_base_rows: int, num_rows: int
 ) -> list[int] | None:
     """Output rows of an extended model that its base does not have; None where it is no extension.

@@ -7,7 +7,6 @@ FLAGS are of `train.py`; `outcomes.json` beside --config_file receives rank 0's.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -51,15 +50,10 @@ CASES = {
     "pp 2, zero 0": (f"--plugin 3d --pp 2 --zero_stage 0 {FOUR} {BF16}", torch_flash_stand_in),
     "split_gather": (f"{SEQUENCE} split_gather --tp 2 {FOUR} {BF16}", flash_attn_stand_in),
     "all_to_all": (f"{SEQUENCE} all_to_all --sp 2 {FOUR} {BF16}", torch_flash_stand_in),
+    "gemini": (f"--plugin gemini {TWO} {BF16}", flash_attn_stand_in),
+    "gemini, fp16": (f"--plugin gemini {TWO} {FP16}", torch_flash_stand_in),
+    "gemini_auto": (f"--plugin gemini_auto {TWO} {BF16}", torch_flash_stand_in),
 }
-# Where Gemini runs on CPUs.
-RUNS_GEMINI = importlib.util.find_spec("colossal_llama.upstream.gemini_on_cpu") is not None
-if RUNS_GEMINI:
-    CASES |= {
-        "gemini": (f"--plugin gemini {TWO} {BF16}", flash_attn_stand_in),
-        "gemini, fp16": (f"--plugin gemini {TWO} {FP16}", torch_flash_stand_in),
-        "gemini_auto": (f"--plugin gemini_auto {TWO} {BF16}", torch_flash_stand_in),
-    }
 NO_COMPILER = "nothing can be compiled here"
 
 
@@ -90,13 +84,11 @@ def remove_compilers() -> None:
 def choose_cuda_branch() -> None:
     """Plugins believe that they run on an H100; what they ask of it is answered."""
     from colossal_llama.training.plugins.base import Plugin
+    from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus
 
     # Gemini's memories are those of a CPU, which it decides while it is started; its kernels are a GPU's.
     Plugin.on_gpu = property(lambda self: "gemini" not in self.name or hasattr(self, "booster"))
-    if RUNS_GEMINI:
-        from colossal_llama.upstream.gemini_on_cpu import let_gemini_run_on_cpus
-
-        let_gemini_run_on_cpus()
+    let_gemini_run_on_cpus()
     torch.cuda.get_device_capability = lambda *_: (9, 0)
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from colossal_llama.upstream.packed_attention import find_packed_attention
+from colossal_llama.upstream.packed_attention import PackedAttention, find_packed_attention
 from colossal_llama.utils.messages import first_line
 
 # Both kernels: of NVIDIA GPUs from Ampere on, in half precision.
@@ -26,31 +25,11 @@ HEAD_SIZE_MULTIPLE = 8
 TOLERANCE = 5e-2
 
 
-@dataclass(frozen=True)
-class FlashKernel:
-    """A kernel for causal attention inside documents.
+class FlashKernel(PackedAttention):
+    """A kernel for causal attention inside documents; its name is for the first log lines.
 
-    Attributes:
-        name: for the first log lines.
-        repeats_keys: keys and values are repeated for grouped queries, which takes memory.
-        run: (query, key, value, offsets, longest document, scale) -> output; tensors are
-            [tokens, heads, head size] of one half-precision dtype, `offsets` int32 [documents + 1].
+    Tensors are [tokens, heads, head size] of one half-precision dtype, `offsets` int32 [documents + 1].
     """
-
-    name: str
-    repeats_keys: bool
-    run: Callable[..., torch.Tensor]
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        offsets: torch.Tensor,
-        max_length: int,
-        scale: float,
-    ) -> torch.Tensor:
-        return self.run(query, key, value, offsets, max_length, scale)
 
 
 def flash_attn_package(deterministic: bool) -> FlashKernel:
@@ -98,7 +77,7 @@ def flash_attn_package(deterministic: bool) -> FlashKernel:
 def torch_kernel(deterministic: bool) -> FlashKernel:
     """torch's own; its backward pass obeys `torch.use_deterministic_algorithms`."""
     packed = find_packed_attention()
-    return FlashKernel(f"flash attention by {packed.name}", packed.repeats_keys, packed)
+    return FlashKernel(f"flash attention by {packed.name}", packed.repeats_keys, packed.run)
 
 
 # In order of preference: name for messages -> what makes the kernel.

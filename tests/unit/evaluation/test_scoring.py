@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colossal_llama.evaluation import scoring
-from colossal_llama.evaluation.scoring import Scorer, WindowScore, find_new_rows, score_batch
+from colossal_llama.evaluation.scoring import Scorer, WindowScore, find_rows_beyond_base, score_batch
 from colossal_llama.evaluation.windows import Window
 from colossal_llama.utils.errors import UserError
 
@@ -83,8 +83,8 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
 
 def test_new_rows_are_what_the_base_does_not_have() -> None:
     base = {"a": 0, "b": 1}
-    assert find_new_rows(base, base, 2, 2) == []
-    assert find_new_rows(base, {**base, "c": 2, "d": 3}, 2, 8) == [2, 3, 4, 5, 6, 7]
-    assert find_new_rows(base, {**base, "c": 2, "d": 3}, 4, 4) == [2, 3]  # the base is padded
-    assert find_new_rows(base, {"a": 0, "c": 1}, 2, 2) is None
-    assert find_new_rows(base, {"a": 0}, 2, 2) is None
+    assert find_rows_beyond_base(base, base, 2, 2) == []
+    assert find_rows_beyond_base(base, {**base, "c": 2, "d": 3}, 2, 8) == [2, 3, 4, 5, 6, 7]
+    assert find_rows_beyond_base(base, {**base, "c": 2, "d": 3}, 4, 4) == [2, 3]  # the base is padded
+    assert find_rows_beyond_base(base, {"a": 0, "c": 1}, 2, 2) is None
+    assert find_rows_beyond_base(base, {"a": 0}, 2, 2) is None
