@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -146,6 +147,12 @@ def workers_at_work() -> list[int]:
     return found
 
 
+def send(signal_number: int, pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal_number)
+
+
 def test_the_same_bytes_as_a_local_run(
     cluster: Any, pretrain_flags: dict[str, Any], local_output: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -181,12 +188,15 @@ def test_a_worker_and_a_node_that_die_change_nothing(
     out = tmp_path / "out"
     process = start(PRETRAIN, **pretrain_flags, data_output_dirs=out, ray_address=cluster.address)
     wait_until(lambda: finished_shards(out) and workers_at_work(), process)
-    os.kill(workers_at_work()[0], signal.SIGKILL)
-    num_finished = len(finished_shards(out))
-    wait_until(lambda: len(finished_shards(out)) > num_finished and len(workers_at_work()) == 2, process)
+    killed, *others = workers_at_work()
+    os.kill(killed, signal.SIGKILL)
+    send(signal.SIGSTOP, others)  # or they would finish everything before the killed one is replaced
+    wait_until(lambda: len(set(workers_at_work()) - {killed}) == 2, process)
+    send(signal.SIGSTOP, workers_at_work())
     cluster.remove_node(cluster.second_node, allow_graceful=False)
     assert not (out / "stats.json").exists()
     assert len(finished_shards(out)) < 8, "too late for a test"
+    send(signal.SIGCONT, workers_at_work())
     try:
         output = finish(process)
     finally:
