@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 NUM_ITERATIONS = 4
 # A bias moves at most so far in an iteration, in nats: the first guesses of rare pieces are rough.
 MAX_MOVE = 3.0
-# Logits are made for this many of them at once, in fp32: 128 MiB.
-LOGITS_AT_ONCE = 2**25
+# Logits are made for this many of them at once, in fp32 and some copies in fp64: a third of a GB.
+LOGITS_AT_ONCE = 2**23
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def token_losses(
         normalizer = torch.logaddexp(old_normalizers[part], logits.double().logsumexp(1))
         new, wanted = is_new[part], targets[part]
         of_new = logits.gather(1, (wanted - new_ids.start).clamp(0, len(new_ids) - 1)[:, None])[:, 0]
-        rows = old_rows[wanted.masked_fill(new, 0)].to(hidden.dtype)
-        of_old = (hidden[part] * rows).float().sum(1)
+        rows = old_rows[wanted.masked_fill(new, 0)]
+        of_old = (hidden[part].float() * rows.float()).sum(1)
         losses[part] = normalizer - torch.where(new, of_new, of_old).double()
     return losses
 
