@@ -3,8 +3,8 @@
 A call measures one case, a base model with an extended vocabulary and text; the results file has all cases of
 the work directory. A call that was killed goes on where it was: what is done is not done again.
 
-The cases of docs/vocabulary.md are made by make_corpora.py, convert_gguf.py and make_base_model.py (in examples/)
-and learn_pieces.py; the results file has the command of each.
+The cases of docs/vocabulary.md come from examples/study/make_corpora.py and convert_gguf.py,
+examples/make_base_model.py with train.py, learn_pieces.py and init_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -253,10 +253,11 @@ def as_markdown(cases: list[dict[str, Any]]) -> str:
         f"# Starts of new rows, {datetime.date.today().isoformat()}",
         "",
         f"Written by `benchmarks/starts_of_new_rows.py` on {machine.cores} CPU cores. "
-        f"{installed_versions(PACKAGES)}.",
+        + ", ".join(f"{name} {version}" for name, version in installed_versions(*PACKAGES).items())
+        + ".",
         "",
-        'Bits per byte of held-out text; lower is better. "new" is text that the vocabulary was extended for, '
-        '"old" text of the base model.',
+        "Bits per byte of held-out text; lower is better. New text is what the vocabulary was extended for, "
+        "old text is that of the base model.",
     ]
     for case in cases:
         lines += [
@@ -303,8 +304,8 @@ def _table(table: dict[str, Any]) -> Iterator[str]:
     old = [value["old"] for value in bits.values()]
     yield (
         f"Calibration changes these by {min(gains):+.3f} to {max(gains):+.3f} (median "
-        f"{statistics.median(gains):+.3f}; worse in {worse} of {len(gains)}); old text is between {min(old):.3f} "
-        f"and {max(old):.3f}. Against mean rows for both, the best changes new text by "
+        f"{statistics.median(gains):+.3f}; worse in {worse} of {len(gains)}); old text is between "
+        f"{min(old):.3f} and {max(old):.3f}. Against mean rows for both, the best changes new text by "
         f"{_with_interval(best['change']['new'])}"
         + "".join(
             f", calibrated mean rows by {_with_interval(start['change']['new'])}"
@@ -322,8 +323,8 @@ def _with_interval(change: list[float] | None) -> str:
 def _curves(curves: list[dict[str, Any]], steps: list[int]) -> Iterator[str]:
     seeds = sorted({curve["seed"] for curve in curves})
     yield (
-        f"After steps of {curves[0]['tokens']:,} tokens, lr {curves[0]['lr']:g}; mean of seeds "
-        f"{', '.join(map(str, seeds))}, same data, and their distance where there are two; new text, then old text:"
+        f"After steps of {curves[0]['tokens']:,} tokens, lr {curves[0]['lr']:g}, same data; mean of seeds "
+        f"{', '.join(map(str, seeds))}, and in brackets how far they are apart; new text, then old text:"
     )
     yield ""
     yield _row(["start", *(f"{name}, {step}" for name in SETS for step in steps)])
