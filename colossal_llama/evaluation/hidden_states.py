@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Tokens of a forward pass, padding included.
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)

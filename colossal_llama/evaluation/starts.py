@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 SOURCE, TOKENIZER = "--source_model_and_tokenizer_path", "--target_tokenizer_path"
 CONTEXT_BYTES = 8192
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 
 
 @dataclass
