@@ -32,6 +32,7 @@ from colossal_llama.utils.files import write_json, write_text_atomically
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "colossalai", "transformers", "tokenizers")
 SETS = ("new", "old")
+SHOWN = [("mean", way, calibrated) for way in ("mean", "half") for calibrated in (False, True)]
 CASE_FILE, CURVES_FILE = "case.json", "curves.json"
 TABLE_FILE = Path("table") / "initializations.json"
 
@@ -301,23 +302,26 @@ def _table(table: dict[str, Any]) -> Iterator[str]:
     yield ""
     gains = [bits[key[0], key[1], True]["new"] - bits[key]["new"] for key in bits if not key[2]]
     worse = sum(gain >= 0 for gain in gains)
-    old = [value["old"] for value in bits.values()]
     yield (
         f"Calibration changes these by {min(gains):+.3f} to {max(gains):+.3f} (median "
-        f"{statistics.median(gains):+.3f}; worse in {worse} of {len(gains)}); old text is between "
-        f"{min(old):.3f} and {max(old):.3f}. Against mean rows for both, the best changes new text by "
-        f"{_with_interval(best['change']['new'])}"
-        + "".join(
-            f", calibrated mean rows by {_with_interval(start['change']['new'])}"
-            for start in results
-            if (start["init_input"], start["init_output"], start["calibrated"]) == ("mean", "mean", True)
-        )
-        + "."
+        f"{statistics.median(gains):+.3f}; worse in {worse} of {len(gains)}). Changes against mean rows for "
+        "both, with 95 % intervals over sections:"
     )
+    yield ""
+    yield _row(["input rows", "output rows", "calibrated", "new", "change", "old", "change"])
+    yield _row(["---"] * 7)
+    for start in results:
+        key = (start["init_input"], start["init_output"], start["calibrated"])
+        if start is best or key in SHOWN:
+            cells = [cell for name in SETS for cell in (f"{bits[key][name]:.3f}", _change(start, name))]
+            yield _row([*key[:2], "yes" if key[2] else "no", *cells])
 
 
-def _with_interval(change: list[float] | None) -> str:
-    return "?" if change is None else f"{change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}]"
+def _change(start: dict[str, Any], name: str) -> str:
+    change = start["change"][name]
+    return (
+        "" if not change or change == [0.0] * 3 else f"{change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}]"
+    )
 
 
 def _curves(curves: list[dict[str, Any]], steps: list[int]) -> Iterator[str]:

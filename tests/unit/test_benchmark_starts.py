@@ -70,7 +70,7 @@ def test_the_results_file(starts) -> None:
     )
     assert "| mean | 2.500 / 2.250 | 3.000 / **2.000** |" in text
     assert "by -1.000 to -0.250 (median -0.625; worse in 0 of 2)" in text
-    assert "calibrated mean rows by -0.250 [-0.350, -0.150]" in text
+    assert "| mean | mean | yes | 2.250 | -0.250 [-0.350, -0.150] | 1.250 |  |" in text
     assert "| mean+half | 3.000 | 3.500 (1.000) |  | 1.000 | 1.500 (0.000) |  |" in text
 
 
