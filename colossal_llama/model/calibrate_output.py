@@ -3,7 +3,7 @@
 Give it a base model and an extended tokenizer, or a model that init_model.py has extended. Only new output
 rows differ in the model that it writes (where the embeddings are tied, they are the input rows as well). One
 pass of the tokenizer over the corpus, one of the model over a few thousand positions: a 7B model needs its
-weights in memory, 14 GB in bf16, and 1 GB beside them.
+weights in memory, 14 GB in bf16, and about 2 GB beside them.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def test_a_case_from_the_table_to_the_curves(
     assert "After steps" not in call()
     table = tmp_path / "work" / "toy" / "table" / "initializations.json"
     made = table.stat().st_mtime_ns
-    text = call(starts="mean+mean+calibrated", steps="0,2", seeds="1", max_length=64)
+    text = call(starts="mean+mean+calibrated", steps="0,2", seeds="1", max_length=512)
     assert "| mean+mean+calibrated |" in text
     assert table.stat().st_mtime_ns == made  # not measured again
     content = json.loads((tmp_path / "results.json").read_text())
