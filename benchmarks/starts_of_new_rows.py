@@ -3,8 +3,7 @@
 A call measures one case, a base model with an extended vocabulary and text; the results file has all cases of
 the work directory. A call that was killed goes on where it was: what is done is not done again.
 
-The cases of docs/vocabulary.md come from examples/study/make_corpora.py and convert_gguf.py,
-examples/make_base_model.py with train.py, learn_pieces.py and init_tokenizer.py.
+starts_of_new_rows.sh makes the cases of docs/vocabulary.md, from corpora and base models on.
 """
 
 from __future__ import annotations
