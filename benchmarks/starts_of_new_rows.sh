@@ -52,5 +52,5 @@ starts=mean+mean,mean+mean+calibrated,mean+half,mean+half+calibrated
 measure small-German small/run/modeling small_de de --held_out_bytes 20000,12000 --starts "$starts"
 measure small-Chinese small/run/modeling small_zh zh --held_out_bytes 20000,12000
 measure SmolLM2-Chinese smollm2 smollm2_zh zh --held_out_bytes 24000,10000 --num_positions 2048
-measure SmolLM2-Russian smollm2 smollm2_ru ru --held_out_bytes 12000,5000 --num_positions 2048 --init_input mean \
+measure SmolLM2-Russian smollm2 smollm2_ru ru --held_out_bytes 30000,8000 --num_positions 2048 --init_input mean \
     --init_output mean,half,first
