@@ -1,4 +1,4 @@
-"""docs/development.md knows the rooms of the package, their order, and files that exist."""
+"""The pages for developers know the rooms of the package, their order, and files that exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from support import ROOT
 from test_structure import LAYERS
 
 PACKAGE = ROOT / "colossal_llama"
-TEXT = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+PAGES = ("development.md", "walks.md", "testing.md")
+TEXT = "\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in PAGES)
 
 
 def test_rooms_are_listed_in_the_order_of_their_layers() -> None:
