@@ -37,7 +37,7 @@ DIRECTORIES = (
     "--base_model",
     "--model",
 )
-DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs", "--models", "--held_out")
+DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs", "--models", "--held_out", "--reference_dirs")
 FILES = ("--expand_tokens_file",)
 
 
@@ -119,6 +119,7 @@ UNPARSED = {
     "vllm",
     "uv",
     "echo",
+    "source",
 } | {
     "./build/bin/llama-quantize",
     "./build/bin/llama-cli",
@@ -129,7 +130,7 @@ UNPARSED_SCRIPTS = {"convert_hf_to_gguf.py", "convert_lora_to_gguf.py"}
 def is_unparsed(words: list[str]) -> bool:
     if words[0] != "python":
         return words[0] in UNPARSED
-    if words[1:3] == ["-m", "pytest"]:
+    if words[1:3] in (["-m", "pytest"], ["-m", "venv"]):
         return True
     return words[1] in UNPARSED_SCRIPTS or words[1].startswith(("benchmarks/", "docs/", "tests/"))
 
