@@ -5,8 +5,8 @@
 """Removes duplicates, near duplicates, repetitive text and text of benchmarks from JSONL corpora.
 
 What is kept is written line by line as it was, so the output is input for the prepare scripts. What is
-removed is written beside it, with file, line and reason. The work is done by datatrove, which needs an environment of
-its own: docs/cleaning.md has the commands.
+removed is written beside it, with file, line and reason. The work is done by datatrove, which needs an
+environment of its own: docs/cleaning.md has the commands.
 """
 
 from __future__ import annotations
