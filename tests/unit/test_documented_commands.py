@@ -120,6 +120,8 @@ UNPARSED = {
     "uv",
     "echo",
     "source",
+    "ruff",
+    "mkdocs",
 } | {
     "./build/bin/llama-quantize",
     "./build/bin/llama-cli",
