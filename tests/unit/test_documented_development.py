@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from support import ROOT
+from support import ROOT, documented_examples
 from test_structure import LAYERS
 
 PACKAGE = ROOT / "colossal_llama"
@@ -28,3 +28,13 @@ def test_files_and_directories_exist() -> None:
         if not is_output and not any((start / name).exists() for start in starts):
             missing.append(name)
     assert missing == []
+
+
+def test_the_example_of_a_schedule_falls_from_one_to_zero() -> None:
+    exponential = documented_examples()["exponential"]
+    assert (exponential(0.0), exponential(1.0)) == (1.0, 0.0)
+
+
+def test_examples_of_new_parts_are_complete() -> None:
+    names = {"MyPlugin", "ZephyrTemplate", "MyEngine", "UnigramSource", "exponential", "middle"}
+    assert set(documented_examples()) == names
