@@ -113,7 +113,7 @@ def main() -> None:
         measure(args, args.work_dir / args.name)
     cases = list(read_cases(args.work_dir))
     text = as_markdown(cases)
-    write_json(output.with_suffix(".json"), cases)
+    write_text_atomically(output.with_suffix(".json"), json.dumps(cases) + "\n")
     write_text_atomically(output, text)
     log(text)
     log(f"Written: {output}")
