@@ -35,7 +35,7 @@ def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
     except Exception as error:  # a damaged file can make any of them
         if not Path(path).exists():
             raise UserError(
-                f"{where}: no such directory, and no model of the Hugging Face hub has this name, as far as can "
+                f"{where}: no such directory, and no model of the Hugging Face hub, as far as can "
                 f"be seen from here ({first_line(error)})"
             ) from None
         raise UserError(f"{where}: cannot be read as a Hugging Face model ({first_line(error)})") from None
