@@ -16,6 +16,8 @@ def read_requirements() -> list[str]:
 EVALUATION = ["lm_eval[hf]==0.4.13"]
 # A second tokenizer engine of data preparation: TESTED_VERSIONS in dataset/engines names its versions.
 FAST = ["tuetoken==0.1.3"]
+# The pages of docs/ as a site; its own theme, so that nothing else is needed.
+DOCS = ["mkdocs>=1.6,<2"]
 # Peers that benchmarks/ measures beside the suite; one that is not installed is left out. trl 0.19.1 is the
 # newest that goes with transformers 4.51.3.
 BENCHMARK = ["trl==0.19.1", "accelerate>=1.0"]
@@ -34,6 +36,7 @@ setup(
         "gpu": ["liger-kernel==0.5.10"],
         "eval": EVALUATION,
         "fast": FAST,
+        "docs": DOCS,
         "benchmark": BENCHMARK,
         "test": [
             "pytest>=8,<10",
@@ -47,6 +50,7 @@ setup(
             "gguf>=0.17,<1",
             *EVALUATION,
             *FAST,
+            *DOCS,
             *BENCHMARK,
             # An object store for input from URLs; the extra of moto for its server brings in far more.
             "s3fs>=2024.2",

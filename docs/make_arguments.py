@@ -41,6 +41,7 @@ SCRIPTS = (
     "colossal_llama/evaluation/ledger.py",
     "inference_example.py",
     "examples/make_base_model.py",
+    "examples/clean_corpus.py",
 )
 # Scripts whose parser is in a module of the package.
 PARSER_MODULES = {

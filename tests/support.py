@@ -1,10 +1,15 @@
 """What several test modules use and no fixture gives."""
 
 from __future__ import annotations
+import __future__
 
 import importlib.util
+import math
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +36,25 @@ def load_script(path: Path):
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def documented_examples() -> dict[str, Any]:
+    """The classes and functions that docs/development.md adds as examples; those without imports are for a
+    file that has them.
+    """
+    page = (ROOT / "docs" / "development.md").read_text(encoding="utf-8").partition("\n## Adding a part\n")[2]
+    found: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL):
+        if re.search(r"^(class|def) ", block, flags=re.MULTILINE):
+            names = {"math": math, "Sequence": Sequence, "__name__": "documented_example"}
+            flags = __future__.annotations.compiler_flag
+            exec(compile(block, "an example of docs/development.md", "exec", flags), names)
+            found |= {
+                name: value
+                for name, value in names.items()
+                if getattr(value, "__module__", None) == "documented_example"
+            }
+    return found
 
 
 def make_llama3_tokenizer(texts: list[str], directory: Path, vocab_size: int) -> None:

@@ -45,8 +45,11 @@ class Document:
         return len(self.target.encode())
 
 
-def read_documents(directories: Sequence[Path]) -> list[Document]:
+def read_documents(directories: Sequence[Path], flag: str = "--data_input_dirs") -> list[Document]:
     """The documents of all directories, in their order; records without target are left out, and counted.
+
+    Args:
+        flag: the argument that named them, for messages.
 
     Raises:
         UserError: naming the records that are none (once 20 are found, or at the end), or no text at all.
@@ -80,7 +83,7 @@ def read_documents(directories: Sequence[Path]) -> list[Document]:
         log(f"Left out: {num_empty:,} records with an empty target")
     for directory, name in zip(directories, names, strict=True):
         if not any(document.set == name for document in documents):
-            raise UserError(f"--data_input_dirs {directory}: no record with a target in it")
+            raise UserError(f"{flag} {directory}: no record with a target in it")
     return documents
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from colossal_llama.evaluation.scoring import score_in_halves
 from colossal_llama.evaluation.windows import Window, make_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Tokens of a forward pass, padding included.
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,10 @@ def find_hidden_states(
     """
     states: list[torch.Tensor] = [torch.empty(0)] * len(windows)
     for batch in make_batches(windows, BATCH_TOKENS):
-        length = len(windows[batch[0]].ids)
-        ids = np.zeros((len(batch), length), dtype=np.int64)
-        for row, number in enumerate(batch):
-            ids[row, : len(windows[number].ids)] = windows[number].ids
-        # Padding is at the end, where a causal model's earlier tokens don't see it.
-        decoder = model.get_decoder()
-        hidden = decoder(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False).last_hidden_state
-        for row, number in enumerate(batch):
-            size, scored = len(windows[number].ids), windows[number].num_scored
-            states[number] = hidden[row, size - scored - 1 : size - 1].clone()
-        advance(sum(len(windows[number].ids) for number in batch))
+        chosen = [windows[number] for number in batch]
+        for number, found in zip(batch, score_in_halves(partial(_states, model), chosen), strict=True):
+            states[number] = found
+        advance(sum(len(window.ids) for window in chosen))
     targets = [window.ids[len(window.ids) - window.num_scored :] for window in windows]
     documents = [np.full(window.num_scored, window.document) for window in windows]
     return HiddenStates(
@@ -63,6 +58,20 @@ def find_hidden_states(
         torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(model.device),
         np.concatenate(documents),
     )
+
+
+def _states(model: PreTrainedModel, windows: Sequence[Window]) -> list[torch.Tensor]:
+    """The states of each window's positions that count, in one forward pass."""
+    ids = np.zeros((len(windows), max(len(window.ids) for window in windows)), dtype=np.int64)
+    for row, window in enumerate(windows):
+        ids[row, : len(window.ids)] = window.ids
+    # Padding is at the end, where a causal model's earlier tokens don't see it.
+    input_ids = torch.from_numpy(ids).to(model.device)
+    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    return [
+        hidden[row, len(window.ids) - window.num_scored - 1 : len(window.ids) - 1].clone()
+        for row, window in enumerate(windows)
+    ]
 
 
 class TextSample:

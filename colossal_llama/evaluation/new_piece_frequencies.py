@@ -47,7 +47,7 @@ def read_corpus(
     """Encodes the whole corpus once.
 
     Raises:
-        UserError: there is no text in it.
+        UserError: there is no text in it, or no new piece in the text.
     """
     sample = TextSample(num_texts, SAMPLE_CHARACTERS, seed)
     counts = np.zeros(len(new_rows), dtype=np.int64)
@@ -71,6 +71,12 @@ def read_corpus(
     count()
     if not sample.texts:
         raise UserError("--data_input_dirs: no text in any record")
+    if not counts.any():
+        raise UserError(
+            f"--data_input_dirs: none of the {len(new_rows):,} new pieces occurs in the {total:,} tokens of "
+            "this corpus, so it can't say how often to expect them; give text that the vocabulary was "
+            "extended for"
+        )
     return Corpus(counts, total, sample.shuffled())
 
 

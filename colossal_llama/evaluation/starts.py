@@ -18,6 +18,7 @@ from colossal_llama.evaluation.windows import TextEncoder, Window, cut_documents
 from colossal_llama.inference.loading import load_model
 from colossal_llama.inference.settings import ModelSettings
 from colossal_llama.model.embedding_extension import RowPlan, mean_of_all_rows, plan_rows
+from colossal_llama.model.initializations import DEFAULT_INITIALIZATION
 from colossal_llama.model.model_config import read_model_config
 from colossal_llama.model.model_extension import (
     EMBEDDING,
@@ -33,7 +34,7 @@ from colossal_llama.model.weight_files import find_shards
 from colossal_llama.tokenizer.loading import load_pretrained_tokenizer
 from colossal_llama.tokenizer.new_rows import find_new_rows
 from colossal_llama.tokenizer.subtokens import encode_tokens, token_table
-from colossal_llama.tokenizer.tokenizer_files import read_tokenizer_files
+from colossal_llama.tokenizer.tokenizer_files import REPORT_FILE, read_tokenizer_files
 from colossal_llama.utils.console import progress_bar
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.messages import first_line
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 SOURCE, TOKENIZER = "--source_model_and_tokenizer_path", "--target_tokenizer_path"
 CONTEXT_BYTES = 8192
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 
 
 @dataclass
@@ -86,6 +87,11 @@ class ExtendedModel:
     def new_output_rows(self) -> torch.Tensor:
         return self.output_weight()[self.new_rows.start : self.new_rows.stop]
 
+    def make_new_rows(self, matrix: torch.Tensor, way: str) -> torch.Tensor:
+        """The new rows that a way makes of a base matrix, in its dtype and on its device."""
+        rows = self.plan.new_rows(matrix.cpu(), self.new_rows.start, self.new_rows.stop, way)
+        return rows.to(matrix)
+
     def old_normalizers(self, hidden: torch.Tensor) -> torch.Tensor:
         """log Σ exp of the logits of all rows that are not new, fp64 [positions]."""
         return self.normalizers_of_old(self.output_weight(), hidden)
@@ -102,7 +108,7 @@ class ExtendedModel:
         shift = calibration.biases[:, None] * calibration.direction
         rows.copy_((rows.float() + shift.to(rows.device)).to(rows.dtype))
 
-    def extension(self, shift: RowShift) -> Extension:
+    def extension(self, shift: RowShift | None = None) -> Extension:
         """What to write."""
         return Extension(
             self.plan,
@@ -129,12 +135,13 @@ def load_extended(
         UserError: the tokenizer is no extension, or something can't be loaded.
     """
     where = tokenizer_dir or source
+    flag = TOKENIZER if tokenizer_dir else SOURCE
     new_rows = find_new_rows(where)
     if not new_rows:
-        raise UserError(
-            f"{TOKENIZER if tokenizer_dir else SOURCE} {where}: no vocabulary_extension.json, which says "
-            "what is new; give an extended tokenizer, made by init_tokenizer.py"
-        )
+        reason = "no vocabulary_extension.json, which says what is new"
+        if (where / REPORT_FILE).exists():
+            reason = f"its {REPORT_FILE} says that nothing was added, so no row is new"
+        raise UserError(f"{flag} {where}: {reason}; give an extended tokenizer, made by init_tokenizer.py")
     config = read_model_config(source, f"{SOURCE} {source}")
     layout = read_layout(find_shards(source, SOURCE))
     tied = bool(config.get("tie_word_embeddings", False))
@@ -146,9 +153,15 @@ def load_extended(
     base_input = base_output = None
     is_tied = tied
     if own_tokens == tokens and num_rows >= new_rows.stop:
+        if init_input != DEFAULT_INITIALIZATION or init_output != DEFAULT_INITIALIZATION:
+            raise UserError(
+                f"--init_input, --init_output: {SOURCE} {source} has rows for all new pieces already, which "
+                "are shifted as they are; leave these flags out, or give the base model"
+            )
         plan = RowPlan(num_rows, min(len(tokens), num_rows), [("kept", 0, num_rows)], {})
     else:
         plan = plan_rows(own_tokens, tokens, num_rows, 1, lambda texts: encode_tokens(own, texts))
+        new_rows = _all_new_rows(plan, new_rows)
         is_tied = tied and init_input == init_output
         base_input = model.get_input_embeddings().weight.data
         base_output = model.get_output_embeddings().weight.data
@@ -173,6 +186,14 @@ def load_extended(
         base_input,
         base_output,
     )
+
+
+def _all_new_rows(plan: RowPlan, of_last_extension: range) -> range:
+    """Those of earlier extensions too, where the model has rows for none of them."""
+    first = of_last_extension.start
+    while first - 1 in plan.subtokens:
+        first -= 1
+    return range(first, of_last_extension.stop)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -3,7 +3,7 @@
 Give it a base model and an extended tokenizer, or a model that init_model.py has extended. Only new output
 rows differ in the model that it writes (where the embeddings are tied, they are the input rows as well). One
 pass of the tokenizer over the corpus, one of the model over a few thousand positions: a 7B model needs its
-weights in memory, 14 GB in bf16, and 1 GB beside them.
+weights in memory, 14 GB in bf16, and about 2 GB beside them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from colossal_llama.inference.settings import device_name
 from colossal_llama.model.init_model import INITIALIZATION_FILE
 from colossal_llama.model.initializations import DEFAULT_INITIALIZATION, INITIALIZATIONS
 from colossal_llama.model.model_config import CONFIG_FILE
-from colossal_llama.model.model_output import find_foreign_files
+from colossal_llama.model.model_output import CALIBRATION_FILE, find_foreign_files
 from colossal_llama.utils.arguments import (
     ArgumentParser,
     directory_list,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from colossal_llama.evaluation.starts import ExtendedModel
     from colossal_llama.model.output_calibration import Calibration
 
-REPORT_FILE = "output_calibration.json"
 NUM_LISTED_MOVES = 10
 # Of the sampled texts the model sees windows of this many bytes.
 CONTEXT_BYTES = 2048
@@ -121,8 +120,9 @@ def main() -> None:
 
     from colossal_llama.evaluation.held_out_text import read_documents
     from colossal_llama.evaluation.starts import load_extended
+    from colossal_llama.model.init_model import check_target
 
-    documents = read_documents(settings.held_out) if settings.held_out else []
+    documents = read_documents(settings.held_out, "--held_out") if settings.held_out else []
     extended = load_extended(
         settings.source_model_and_tokenizer_path,
         settings.target_tokenizer_path,
@@ -131,6 +131,8 @@ def main() -> None:
         settings.dtype,
         settings.device,
     )
+    # Before the forward passes, not after them.
+    check_target(settings.target_model_path, extended.layout, extended.extension())
     before = extended.score(documents, "before") if documents else {}
     calibration, facts = find_biases(settings, extended)
     extended.shift_output(calibration)
@@ -213,7 +215,7 @@ def report(
         "largest_moves": pieces,
         "bits_per_byte": {name: {"before": before[name], "after": after[name]} for name in before},
     }
-    write_json(settings.target_model_path / REPORT_FILE, content)
+    write_json(settings.target_model_path / CALIBRATION_FILE, content)
     log(
         f"Share of new tokens: {shares['expected']:.4f} in the corpus, expected by the model before "
         f"{shares['before']:.4f}, now {shares['reached']:.4f} ({facts['positions']:,} positions)"

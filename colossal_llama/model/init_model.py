@@ -13,6 +13,7 @@ from typing import Any
 from colossal_llama.model.initializations import DEFAULT_INITIALIZATION, INITIALIZATIONS
 from colossal_llama.model.model_config import CONFIG_FILE
 from colossal_llama.model.model_output import (
+    CALIBRATION_FILE,
     copy_generation_config,
     find_foreign_files,
     refuse_full_disk,
@@ -153,24 +154,12 @@ def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, ex
     """
     from colossal_llama.model.dtypes import torch_name
     from colossal_llama.model.model_extension import index_of, write_shard
-    from colossal_llama.model.weight_files import (
-        SAFETENSORS_INDEX,
-        SAFETENSORS_SINGLE,
-        output_name,
-        sum_bytes,
-    )
+    from colossal_llama.model.weight_files import SAFETENSORS_INDEX
     from colossal_llama.upstream.newer_model_config import earlier_names
     from colossal_llama.utils.files import sync_directory, write_json
 
     target, plan, dtype = settings.target_model_path, extension.plan, extension.dtype
-    names = {path: output_name(path) for path in layout.shards}
-    if len(names) == 1:  # also of an index of one shard: written without an index, no other name is found
-        names = dict.fromkeys(names, SAFETENSORS_SINGLE)
-    total = sum(sum_bytes(extension.targets(tensors.values())) for tensors in layout.shards.values())
-    expected = {*names.values(), *([SAFETENSORS_INDEX] if len(names) > 1 else [])}
-    refuse_other_weights(target, "--target_model_path", expected)
-    target.resolve().mkdir(parents=True, exist_ok=True)
-    refuse_full_disk(target, "--target_model_path", total)
+    names, total = check_target(target, layout, extension)
     write_json(
         target / INITIALIZATION_FILE,
         {
@@ -181,7 +170,8 @@ def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, ex
             **({"calibrated_rows": len(extension.shift.rows)} if extension.shift is not None else {}),
         },
     )
-    (target / CONFIG_FILE).unlink(missing_ok=True)
+    for stale in (CONFIG_FILE, CALIBRATION_FILE):
+        (target / stale).unlink(missing_ok=True)
 
     written = {}
     try:
@@ -207,6 +197,30 @@ def write_model(settings: ModelSettings, config: dict[str, Any], layout: Any, ex
             config["dtype"] = torch_name(dtype)
     sync_directory(target)
     write_json(target / CONFIG_FILE, config)
+
+
+def check_target(target: Path, layout: Any, extension: Any) -> tuple[dict[Path, str], int]:
+    """The name of each shard's output, and the bytes of all; makes the directory.
+
+    Raises:
+        UserError: other weights lie in it, or the disk has no room.
+    """
+    from colossal_llama.model.weight_files import (
+        SAFETENSORS_INDEX,
+        SAFETENSORS_SINGLE,
+        output_name,
+        sum_bytes,
+    )
+
+    names = {path: output_name(path) for path in layout.shards}
+    if len(names) == 1:  # also of an index of one shard: written without an index, no other name is found
+        names = dict.fromkeys(names, SAFETENSORS_SINGLE)
+    total = sum(sum_bytes(extension.targets(tensors.values())) for tensors in layout.shards.values())
+    expected = {*names.values(), *([SAFETENSORS_INDEX] if len(names) > 1 else [])}
+    refuse_other_weights(target, "--target_model_path", expected)
+    target.resolve().mkdir(parents=True, exist_ok=True)
+    refuse_full_disk(target, "--target_model_path", total)
+    return names, total
 
 
 def _ways(settings: ModelSettings) -> dict[str, str]:

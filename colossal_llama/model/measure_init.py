@@ -8,6 +8,7 @@ set is marked, with the command that makes it.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from colossal_llama.utils.errors import run_command
 from colossal_llama.utils.output_checks import why_not_output_directory, why_not_replaceable
 from colossal_llama.utils.settings import add_settings, flag, parse_settings
 
+_PLACEHOLDERS = ("target_model_path",)  # for the reader to fill in
 JSON_FILE, MARKDOWN_FILE = "initializations.json", "initializations.md"
 
 
@@ -107,7 +109,7 @@ def main() -> None:
     from colossal_llama.evaluation.start_report import as_markdown, best_start
     from colossal_llama.utils.files import write_json, write_text_atomically
 
-    documents = read_documents(settings.held_out)
+    documents = read_documents(settings.held_out, "--held_out")
     measured = measure_starts(
         settings.source_model_and_tokenizer_path,
         settings.target_tokenizer_path,
@@ -142,7 +144,10 @@ def command_for(settings: MeasurementSettings, start: Any) -> str:
     if start.calibrated:
         script = "calibrate_output.py"
         flags.insert(2, ("data_input_dirs", ",".join(map(str, settings.data_input_dirs))))
-    return f"python colossal_llama/model/{script} " + " ".join(f"--{name} {value}" for name, value in flags)
+    words = ["python", f"colossal_llama/model/{script}"]
+    for name, value in flags:
+        words += [f"--{name}", str(value) if name in _PLACEHOLDERS else shlex.quote(str(value))]
+    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from pathlib import Path
 from colossal_llama.model.model_config import CONFIG_FILE, GENERATION_CONFIG_FILE
 from colossal_llama.utils.errors import UserError
 
+# What calibrate_output.py reports; true of the weights that it was written with, and of no others.
+CALIBRATION_FILE = "output_calibration.json"
 WEIGHT_PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",

@@ -1,11 +1,13 @@
-"""Chinese and English prose from Debian's documentation packages, as JSONL: corpora and held-out text.
+"""Prose of several languages from Debian's documentation packages, as JSONL: corpora and held-out text.
 
 Each page is split into sections; a section is a record, its category the package. Sections that are not
-translated (fewer than a third of the characters of the Chinese pages are Chinese) and sections that occur
-before are left out. Held-out text is chosen by page: no page is in both.
+translated (fewer than a third of the characters of the Chinese or Russian pages are of that script; German
+pages with more English than German words of grammar) and sections that occur before are left out. Held-out
+text is chosen by page: no page is in both.
 
-Licences, as the packages state them: debian-handbook GPL-2+ or CC-BY-SA-3.0; debian-reference and maint-guide
-GPL-2+; gimp-help GFDL-1.2+; kicad-doc GPL-3+ or CC-BY-3.0+.
+Licences, as the packages state them: debian-handbook GPL-2+ or CC-BY-SA-3.0; debian-reference, maint-guide,
+developers-reference, debian-policy and git-doc GPL-2 or later; gimp-help GFDL-1.2+; kicad-doc GPL-3+ or
+CC-BY-3.0+; apache2-doc Apache-2.0.
 """
 
 from __future__ import annotations
@@ -37,12 +39,34 @@ PAGES = {
         ("gimp-help-en", "usr/share/gimp/2.0/help/en/*.html*"),
         ("kicad-doc-en", "usr/share/doc/kicad/help/en/**/*.html*"),
     ],
+    # More English, for a base model that is trained from nothing.
+    "more_en": [
+        ("developers-reference", "usr/share/developers-reference/*.html*"),
+        ("debian-policy", "usr/share/doc/debian-policy/**/*.html*"),
+        ("git-doc", "usr/share/doc/git-doc/**/*.html*"),
+        ("apache2-doc", "usr/share/doc/apache2-doc/manual/en/**/*.html*"),
+    ],
+    "de": [
+        ("debian-handbook", "usr/share/doc/debian-handbook/html/de-DE/*.html*"),
+        ("debian-reference-de", "usr/share/debian-reference/*.de.html*"),
+        ("maint-guide-de", "usr/share/doc/maint-guide-de/html/*.html*"),
+        ("gimp-help-de", "usr/share/gimp/2.0/help/de/*.html*"),
+        ("kicad-doc-de", "usr/share/doc/kicad/help/de/**/*.html*"),
+    ],
+    "ru": [
+        ("debian-handbook", "usr/share/doc/debian-handbook/html/ru-RU/*.html*"),
+        ("developers-reference-ru", "usr/share/developers-reference/ru/*.html*"),
+        ("maint-guide-ru", "usr/share/doc/maint-guide-ru/html/*.html*"),
+        ("gimp-help-ru", "usr/share/gimp/2.0/help/ru/*.html*"),
+        ("kicad-doc-ru", "usr/share/doc/kicad/help/ru/**/*.html*"),
+    ],
 }
-PACKAGES = sorted({package for pages in PAGES.values() for package, _ in pages})
 BLOCKS = {"p", "div", "li", "dt", "dd", "td", "th", "tr", "pre", "table", "ul", "ol", "dl", "br", "section"}
 HEADINGS = {"h1", "h2", "h3"}
 SKIPPED = {"script", "style", "head", "nav", "svg"}
-CHINESE = re.compile(r"[\u4e00-\u9fff]")
+SCRIPTS = {"zh": re.compile(r"[\u4e00-\u9fff]"), "ru": re.compile(r"[\u0400-\u04ff]")}
+GERMAN = re.compile(r"\b(?:der|die|das|und|ist|ein|eine|den|mit|zu|wird)\b", re.IGNORECASE)
+ENGLISH = re.compile(r"\b(?:the|and|is|of|a|to|with|this|be)\b", re.IGNORECASE)
 MIN_CHARACTERS, MAX_CHARACTERS = 60, 4000
 
 
@@ -82,9 +106,12 @@ def main() -> None:
         "--output_dir", type=Path, required=True, help="gets LANGUAGE/ and held_out/LANGUAGE/"
     )
     parser.add_argument("--held_out_share", type=float, default=0.05, help="share of the pages, 0 to 1")
+    parser.add_argument(
+        "--languages", nargs="+", choices=tuple(PAGES), default=["zh", "en"], help="default: zh en"
+    )
     args = parser.parse_args()
-    fetch(args.packages_dir)
-    for language in PAGES:
+    fetch(args.packages_dir, args.languages)
+    for language in args.languages:
         records: dict[bool, list[dict[str, str]]] = {False: [], True: []}
         seen: set[str] = set()
         for page, record in read_records(args.packages_dir, language):
@@ -100,10 +127,11 @@ def main() -> None:
             print(f"{directory}: {len(part):,} sections, {size:,} bytes")
 
 
-def fetch(directory: Path) -> None:
+def fetch(directory: Path, languages: list[str]) -> None:
     """Downloads the packages that are not there yet."""
     directory.mkdir(parents=True, exist_ok=True)
-    missing = [package for package in PACKAGES if not list(directory.glob(f"{package}_*.deb"))]
+    packages = sorted({package for language in languages for package, _ in PAGES[language]})
+    missing = [package for package in packages if not list(directory.glob(f"{package}_*.deb"))]
     if missing:
         subprocess.run(["apt-get", "download", *missing], cwd=directory, check=True)
 
@@ -114,13 +142,20 @@ def read_records(packages_dir: Path, language: str) -> Iterator[tuple[str, dict[
         (archive,) = packages_dir.glob(f"{package}_*.deb")
         with tempfile.TemporaryDirectory() as root:
             subprocess.run(["dpkg-deb", "--extract", str(archive), root], check=True)
-            for path in sorted(Path(root).glob(pattern)):
+            for path in sorted(filter(Path.is_file, Path(root).glob(pattern))):
                 for text in read_sections(path):
-                    if language == "en" or len(CHINESE.findall(text)) * 3 >= len(text):
+                    if is_translated(text, language):
                         yield (
                             f"{package}/{path.name}",
                             {"source": "", "target": text, "category": package.partition("-")[0]},
                         )
+
+
+def is_translated(text: str, language: str) -> bool:
+    """Whether a section of a language's pages is in that language; of English pages always."""
+    if language in SCRIPTS:
+        return len(SCRIPTS[language].findall(text)) * 3 >= len(text)
+    return language != "de" or len(GERMAN.findall(text)) > len(ENGLISH.findall(text))
 
 
 def read_sections(path: Path) -> Iterator[str]:
@@ -141,7 +176,7 @@ def read_sections(path: Path) -> Iterator[str]:
 
 def is_held_out(page: str, share: float) -> bool:
     """By a hash of the page's name without its language, so that translations of a page stay together."""
-    name = re.sub(r"\.(zh-cn|en)\b|-(zh-cn|zh|en)\b", "", page)
+    name = re.sub(r"\.(zh-cn|en|de|ru)\b|-(zh-cn|zh|en|de|ru)\b", "", page)
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < share * 2**64
 
 

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from support import ROOT, load_script
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/data/README.md"]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "examples/data/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 ARGUMENTS = load_script(ROOT / "docs/make_arguments.py")
 # Launchers and the options of theirs that take a value.
 LAUNCHERS = {
@@ -34,7 +37,7 @@ DIRECTORIES = (
     "--base_model",
     "--model",
 )
-DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs", "--models", "--held_out")
+DIRECTORY_LISTS = ("--data_input_dirs", "--tokenizer_dirs", "--models", "--held_out", "--reference_dirs")
 FILES = ("--expand_tokens_file",)
 
 
@@ -116,6 +119,9 @@ UNPARSED = {
     "vllm",
     "uv",
     "echo",
+    "source",
+    "ruff",
+    "mkdocs",
 } | {
     "./build/bin/llama-quantize",
     "./build/bin/llama-cli",
@@ -126,7 +132,7 @@ UNPARSED_SCRIPTS = {"convert_hf_to_gguf.py", "convert_lora_to_gguf.py"}
 def is_unparsed(words: list[str]) -> bool:
     if words[0] != "python":
         return words[0] in UNPARSED
-    if words[1:3] == ["-m", "pytest"]:
+    if words[1:3] in (["-m", "pytest"], ["-m", "venv"]):
         return True
     return words[1] in UNPARSED_SCRIPTS or words[1].startswith(("benchmarks/", "docs/", "tests/"))
 
@@ -234,10 +240,31 @@ def test_what_quickstart_says_to_try_next(capsys: pytest.CaptureFixture) -> None
             assert_parses(words, capsys)
 
 
-def test_readme_has_the_commands_of_quickstart(quickstart_commands: list[list[str]]) -> None:
-    documented = [words for block in shell_blocks(ROOT / "README.md") for words in split_commands(block)]
+def test_the_walk_through_has_the_commands_of_quickstart(quickstart_commands: list[list[str]]) -> None:
+    page = ROOT / "docs/quickstart.md"
+    documented = [words for block in shell_blocks(page) for words in split_commands(block)]
     for words in quickstart_commands:
-        assert words in documented, f"not in README.md as quickstart.sh runs it: {shlex.join(words)}"
+        assert words in documented, f"not in docs/quickstart.md as quickstart.sh runs it: {shlex.join(words)}"
+
+
+def test_the_readme_is_short_and_has_every_step() -> None:
+    """The pipeline with one's own paths has the scripts of the quick start, in its order."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") < 350
+    commands = [words for block in shell_blocks(ROOT / "README.md") for words in split_commands(block)]
+    scripts = [found[0] for words in commands if (found := script_and_arguments(words))]
+    order = [script for i, script in enumerate(scripts) if script not in scripts[:i]]
+    assert order == [
+        "colossal_llama/tokenizer/learn_pieces.py",
+        "colossal_llama/tokenizer/init_tokenizer.py",
+        "colossal_llama/tokenizer/compare_tokenizers.py",
+        "colossal_llama/model/init_model.py",
+        "prepare_pretrain_dataset.py",
+        "train.py",
+        "prepare_sft_dataset.py",
+        "colossal_llama/evaluation/compare_models.py",
+        "inference_example.py",
+    ]
 
 
 @pytest.mark.parametrize("example", ["train.example.sh", "train_sft.example.sh"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from safetensors.torch import load_file, save_file
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 WORDS = ["人工智能", "人工", "▁the moon", "图书馆", "é", " 人"]
+# Each way to make a new row of the rows of its sub-tokens, [sub-tokens, hidden].
+FORMULAS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean": lambda rows: rows.mean(0),
+    "first": lambda rows: rows[0],
+    "last": lambda rows: rows[-1],
+    "half": lambda rows: (rows[0] + rows.mean(0)) / 2,
+    "weighted": lambda rows: sum(2**i * row for i, row in enumerate(rows)) / (2 ** len(rows) - 1),
+    "rescaled": lambda rows: rows.mean(0) / rows.mean(0).norm() * rows.norm(dim=1).mean(),
+}
 
 
 def run(module: Any, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> None:

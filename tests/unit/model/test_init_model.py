@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import EMBEDDINGS, WORDS, change_source, read_weights
+from model_cases import EMBEDDINGS, FORMULAS, WORDS, change_source, read_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -131,6 +131,41 @@ def test_input_and_output_rows_apart(
     assert (cost in "".join(capsys.readouterr())) == shape.get("tied", False)
     record = json.loads((tmp_path / "target" / "model_initialization.json").read_text())
     assert (record["init_input"], record["init_output"]) == ("last", "first")
+
+
+@pytest.mark.parametrize(
+    "shape", [{"num_shards": 3}, {"tied": True, "num_shards": 2, "extra_rows": 12}], ids=["untied", "tied"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_every_way_as_written(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    extend_tokenizer: Callable,
+    extend_model: Callable,
+    shape: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Sharded, tied, padded: each way's rows within the dtype's rounding of its formula in float64."""
+    source = change_source(tiny_model_dir, tmp_path / "source", dtype, **shape)
+    tokenizer = extend_tokenizer(source)
+    old, replaced = read_weights(source), subtokens(source, tokenizer)
+    for way, formula in FORMULAS.items():
+        target = extend_model(
+            source,
+            tokenizer,
+            tmp_path / way,
+            init_input=way,
+            init_output=way,
+            pad_to_multiple_of=64,
+        )
+        assert target.keys() == old.keys()
+        for name in EMBEDDINGS[: 1 if shape.get("tied") else 2]:
+            assert len(target[name]) % 64 == 0
+            assert torch.equal(target[name][:500], old[name][:500])
+            for row, ids in replaced.items():
+                exact = formula(old[name][ids].double())
+                step = torch.finfo(dtype).eps
+                torch.testing.assert_close(target[name][row].double(), exact, rtol=step, atol=1e-6)
 
 
 def test_a_tied_model_stays_tied_where_both_are_made_alike(

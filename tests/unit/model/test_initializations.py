@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from model_cases import FORMULAS
 
 from colossal_llama.model.initializations import INITIALIZATIONS
 
 ROWS = 40
-FORMULAS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "mean": lambda rows: rows.mean(0),
-    "first": lambda rows: rows[0],
-    "last": lambda rows: rows[-1],
-    "half": lambda rows: (rows[0] + rows.mean(0)) / 2,
-    "weighted": lambda rows: sum(2**i * row for i, row in enumerate(rows)) / (2 ** len(rows) - 1),
-    "rescaled": lambda rows: rows.mean(0) / rows.mean(0).norm() * rows.norm(dim=1).mean(),
-}
 
 
 def test_every_way_has_a_formula() -> None:

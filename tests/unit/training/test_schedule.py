@@ -13,7 +13,21 @@ from plugin_cases import make_config, plugin_of
 from colossal_llama.training.arguments import build_parser, parse_settings
 from colossal_llama.training.plan import make_plan
 from colossal_llama.training.reporting.rate_chart import HEIGHT, WIDTH, draw_rate
-from colossal_llama.training.schedule import LearningRateSchedule, find_misfits
+from colossal_llama.training.schedule import SHAPES, LearningRateSchedule, ScheduleSettings, find_misfits
+from colossal_llama.utils.settings import flags_of
+
+# What of the decay is over at a progress from 0 to 1, for each shape.
+FALLS: dict[str, Callable[[float], float]] = {
+    "linear": lambda p: p,
+    "sqrt": lambda p: p**0.5,
+    "cosine": lambda p: math.sin(math.pi * p / 2) ** 2,
+}
+SCHEDULES = flags_of([ScheduleSettings])["lr_schedule"].choices
+
+
+def test_every_shape_has_a_formula() -> None:
+    assert set(FALLS) | {"constant"} == set(SHAPES), "a formula for each shape, written a second time"
+    assert set(SCHEDULES) <= {*SHAPES, "wsd"}
 
 
 def expected(peak: float, warmup: int, total: int, step: int) -> float:
@@ -66,13 +80,13 @@ def schedule_flags(draw: st.DrawFn) -> tuple[dict[str, object], int]:
     """Flags of a schedule that fits, and the optimizer steps that the data has."""
     flags: dict[str, object] = {"num_epochs": draw(st.integers(1, 3)), "lr": draw(st.floats(1e-7, 1.0))}
     total = flags["num_epochs"] * draw(st.integers(1, 120))
-    flags["lr_schedule"] = draw(st.sampled_from(["cosine", "linear", "constant", "wsd"]))
+    flags["lr_schedule"] = draw(st.sampled_from(SCHEDULES))
     flags["min_lr_ratio"] = draw(st.sampled_from([0.0, 0.1, 0.37, 1.0]) | st.floats(0, 1))
     warmup = int(0.025 * total)
     if draw(st.booleans()):
         flags["warmup_steps"] = warmup = draw(st.integers(0, total - 1))
     if flags["lr_schedule"] == "wsd":
-        flags["decay_shape"] = draw(st.sampled_from(["sqrt", "linear", "cosine"]))
+        flags["decay_shape"] = draw(st.sampled_from(sorted(FALLS)))
         decay = max(1, round(0.1 * total))
         if decay > total - warmup or draw(st.booleans()):
             flags["decay_steps"] = decay = draw(st.integers(1, total - warmup))
@@ -97,8 +111,7 @@ def rate_as_documented(flags: dict[str, object], total: int) -> tuple[Callable[[
         if kind == "constant" or k < begin:
             return flags["lr"]
         p = (k - begin) / (end - begin)
-        fall = {"linear": p, "sqrt": p**0.5, "cosine": math.sin(math.pi * p / 2) ** 2}[shape]
-        return flags["lr"] * (1 - (1 - ratio) * fall)
+        return flags["lr"] * (1 - (1 - ratio) * FALLS[shape](p))
 
     return rate, end
 
