@@ -117,7 +117,7 @@ def report(output: str, pairs: list[tuple[str, str]], seconds: int, activate: st
         print(shown(["source", activate]))
     for title, command in next_commands(output):
         print(f"  {title}:\n{shown(command)}")
-    print("  The same with your own model and text: README.md, The pipeline")
+    print("  The same with your own model and text: README.md, The pipeline with your own data")
     print(f"\nAll {len(pairs)} answers are those of the sample. Time of this run without set-up: {seconds} s")
     return 0
 
