@@ -49,7 +49,8 @@ def find_format(value: Mapping[str, Any]) -> str:
     if value.get("instruction") is not None and value.get("output") is not None:
         return "alpaca"
     if "messages" not in value:
-        raise BadRecord("'messages' missing", "'messages' is missing (compulsory)")
+        remedy = "; prepare_pretrain_dataset.py reads plain text" if {"target", "text"} & value.keys() else ""
+        raise BadRecord("'messages' missing", f"'messages' is missing (compulsory){remedy}")
     return "messages"
 
 

@@ -80,6 +80,11 @@ def take_string(record: dict[str, Any], field: str) -> str:
     raise BadRecord(f"'{field}' not a string", f"'{field}' is {json_type(value)}, not a string")
 
 
+def is_plain_text(record: dict[str, Any]) -> bool:
+    """Whether a record has a `text`, and is neither a pre-training record nor a conversation."""
+    return isinstance(record.get("text"), str) and not {"source", "target", "messages"} & record.keys()
+
+
 def take_category(record: dict[str, Any]) -> str:
     """The string in `category`, where it is optional; raises `BadRecord` when it is something else."""
     is_given = record.get("category") is not None  # exports write null for what is not there

@@ -105,9 +105,12 @@ def _is_comparison(content: Any) -> bool:
 def main() -> None:
     settings = parse_settings(build_parser(), CompareSettings)
 
-    from colossal_llama.evaluation.held_out_text import read_documents
-    from colossal_llama.evaluation.models import find_models, prepare_models
+    from colossal_llama.upstream.lean_imports import lean_imports
     from colossal_llama.utils.files import locked_directory
+
+    with lean_imports():
+        from colossal_llama.evaluation.held_out_text import read_documents
+        from colossal_llama.evaluation.models import find_models, prepare_models
 
     with locked_directory(settings.output_dir, "a comparison"):
         models = find_models(settings.models)

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from colossal_llama.corpus.jsonl import find_input_files, make_shards, read_lines
-from colossal_llama.corpus.records import BadRecord, parse_object, take_string
+from colossal_llama.corpus.records import BadRecord, is_plain_text, parse_object, take_category, take_string
 from colossal_llama.training.data.sets import set_names
 from colossal_llama.utils.console import log
 from colossal_llama.utils.errors import UserError
@@ -91,6 +91,8 @@ def _parse(line: bytes, set_name: str) -> Document:
     record = parse_object(line)
     if "messages" in record and "target" not in record:
         raise BadRecord("a conversation", "a conversation; give pre-training records (source, target)")
+    if is_plain_text(record):
+        return Document(set_name, take_category(record), "", record["text"])
     return Document(
         set_name,
         take_string(record, "category"),

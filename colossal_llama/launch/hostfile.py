@@ -1,4 +1,4 @@
-"""Hostfiles of `colossalai run`: one host name or address a line, and nothing else."""
+"""Hostfiles of `colossalai run`: one host name or address per line, and nothing else."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def read_hostfile(path: Path) -> tuple[list[str], list[str]]:
         else:
             lines[name] = number
     if not lines:
-        raise UserError([*problems, f"{path}: no host in it; list one a line"])
+        raise UserError([*problems, f"{path}: no host in it; list one per line"])
     return list(lines), problems
 
 
 def _complaint(name: str) -> str:
-    rule = "give one host name or address a line"
+    rule = "give one host name or address per line"
     if "#" in name:
         return f"`colossalai run` takes comments for host names; {rule}"
     if "@" in name:

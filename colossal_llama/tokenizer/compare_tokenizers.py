@@ -67,6 +67,11 @@ class ComparisonSettings:
         type=directory_list,
         required=True,
     )
+    text_field: str = flag(
+        "",
+        "the field that holds a record's text (default: source and target, messages or text, as found)",
+        type=str,
+    )
     model: Path | None = flag(
         None,
         "model directory whose config.json gives the shape for a bill of each extension of the first "
@@ -181,7 +186,8 @@ def main() -> None:
     found = []
     for directory in settings.tokenizer_dirs:
         tokenizer = load_tokenizer(directory)
-        samples = progress_bar(read_samples(settings.data_input_dirs), unit=" samples", desc=directory.name)
+        texts = read_samples(settings.data_input_dirs, settings.text_field)
+        samples = progress_bar(texts, unit=" samples", desc=directory.name)
         counts = count_tokens(tokenizer, samples, find_new_rows(directory) if settings.model else range(0))
         rate, mean = counts.tokens / counts.characters, counts.tokens / counts.samples
         found.append((Comparison(str(directory), len(tokenizer), rate, mean), counts))

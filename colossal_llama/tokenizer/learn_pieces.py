@@ -53,6 +53,11 @@ class LearningSettings:
         type=directory_list,
         required=True,
     )
+    text_field: str = flag(
+        "",
+        "the field that holds a record's text (default: source and target, messages or text, as found)",
+        type=str,
+    )
     source_tokenizer_dir: Path = flag(
         None,
         "tokenizer that is to be extended: what it has already is not learned again",
@@ -239,14 +244,16 @@ def main() -> None:
     from colossal_llama.utils.files import write_text_atomically
 
     source = open_source(settings.source_tokenizer_dir, "--source_tokenizer_dir")
-    texts = progress_bar(read_samples(settings.data_input_dirs), unit=" records", desc="reading")
+    texts = progress_bar(
+        read_samples(settings.data_input_dirs, settings.text_field), unit=" records", desc="reading"
+    )
     stretches = sample(
         read_stretches(texts, settings.character_filter), settings.max_stretches, settings.seed
     )
     if not stretches:
         raise UserError(
             f"--character_filter {settings.character_filter}: no such characters in "
-            f"{', '.join(map(str, settings.data_input_dirs))}; choose another filter or corpus"
+            f"{', '.join(map(str, settings.data_input_dirs))}; use all for other scripts, or another corpus"
         )
     trained = train_candidates(stretches, settings.num_tokens, settings.max_piece_length)
     uses = count_uses(trained, stretches)

@@ -8,8 +8,11 @@ et al. 2020 (arXiv:1910.02054) and what colossalai's optimizers hold; each plugi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colossal_llama.training.adaptation import AdaptationSettings
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from colossal_llama.training.plugins.base import Plugin
 
+GIB = 1024**3
 FP32_BYTES = 4
 # Adam: a mean and a mean square, both fp32.
 MOMENT_BYTES = 8
@@ -126,10 +130,46 @@ class MemoryEstimate:
     pinned: int = field(default=0, metadata={"label": "CPU memory, copies for saves"})
 
     @property
+    def held(self) -> int:
+        """Of the device: what every step needs, whatever its rows are."""
+        return self.weights + self.gradients + self.master_weights + self.moments
+
+    @property
     def peak(self) -> int:
         """Of the device: what is always held, and the larger of the backward pass and the optimizer step."""
-        held = self.weights + self.gradients + self.master_weights + self.moments
-        return held + max(self.activations + self.loss + self.communication, self.step_copies)
+        return self.held + max(self.activations + self.loss + self.communication, self.step_copies)
+
+
+def device_memory() -> int | None:
+    """Bytes that this process can have: of its GPU, or its share of this machine's memory and swap space."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    return (sizes["MemTotal"] + sizes["SwapTotal"]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def memory_in_name(device: str) -> int | None:
+    """'NVIDIA H100 80GB HBM3' -> 80 GiB; None for a name without a size."""
+    found = re.search(r"(\d+) ?GB\b", device)
+    return int(found[1]) * GIB if found else None
+
+
+def why_too_large(estimates: Sequence[MemoryEstimate], available: int) -> str | None:
+    """What is wrong where weights, gradients and optimizer alone are more than `available` bytes."""
+    held = max(estimate.held for estimate in estimates)
+    if held <= available:
+        return None
+    return (
+        f"weights, gradients and optimizer need {held / GIB:,.1f} GiB in each process, which has "
+        f"{available / GIB:,.1f} GiB; use more processes with zero2, gemini or 3d (--tp, --pp), or "
+        "gemini_auto, zero2_cpu, --zero_cpu_offload or --lora_rank; --dry_run shows what a choice needs"
+    )
 
 
 def estimate_memory(plugin: Plugin, config: LlamaConfig, stage: int = 0) -> MemoryEstimate:

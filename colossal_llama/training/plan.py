@@ -11,6 +11,7 @@ from colossal_llama.training.data.mixing import MixedOrder, find_repeat_problems
 from colossal_llama.training.data.order import RowOrder
 from colossal_llama.training.layout import Layout, LayoutSettings
 from colossal_llama.training.memory import (
+    GIB,
     MemoryEstimate,
     ParameterCounts,
     count_held_parameters,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from colossal_llama.training.data.rows import RowDataset
     from colossal_llama.training.plugins.base import Plugin
 
-MIB, GIB = 1024**2, 1024**3
+MIB = 1024**2
 
 
 def planned_world_size(layout: LayoutSettings) -> int:

@@ -33,7 +33,7 @@ from colossal_llama.training.checkpoint.resume import (
     warn_of_later_checkpoints,
 )
 from colossal_llama.training.checkpoint.writer import CheckpointWriter
-from colossal_llama.training.costs import estimate_cost, format_cost
+from colossal_llama.training.costs import estimate_cost, find_device, format_cost
 from colossal_llama.training.data.answer_ends import find_answer_ends
 from colossal_llama.training.data.prepared_rows import PreparedDataset, sum_lengths
 from colossal_llama.training.data.rows import RowDataset
@@ -50,6 +50,7 @@ from colossal_llama.training.llama.loading import (
 )
 from colossal_llama.training.llama.weight_checks import check_weights
 from colossal_llama.training.loop import TrainingLoop
+from colossal_llama.training.memory import GIB, device_memory, memory_in_name, why_too_large
 from colossal_llama.training.plan import RunPlan, format_plan, global_batch_line, make_plan
 from colossal_llama.training.plugins import find_plugin
 from colossal_llama.training.plugins.base import Plugin
@@ -143,6 +144,14 @@ class Run:
             format_plan(self.plan, self.plugin, self._more_of_the_plan()),
             format_cost(cost, settings.costs, settings.layout.mixed_precision),
         ]
+        device = settings.costs.device_name or find_device()
+        peak = max(estimate.peak for estimate in self.plan.memory)
+        if device is not None and (available := memory_in_name(device)) and peak > available:
+            warn(
+                f"a process needs {peak / GIB:,.0f} GiB at its fullest, and {device} has "
+                f"{available / GIB:,.0f}: try more processes, gemini or 3d (--tp, --pp), "
+                "--use_grad_checkpoint, or a smaller --batch_size"
+            )
         if extension := report_extension(settings.data.pretrained, config, dataset):
             parts.append(extension.describe())
             if warning := extension.rare_pieces():
@@ -170,6 +179,7 @@ class Run:
     def train(self, stop: StopRequest) -> bool:
         """Trains to the end, or until a stop is asked for; returns whether it came to its end."""
         log(global_batch_line(self.plan, self.plugin))
+        self._check_memory()
         with contextlib.ExitStack() as cleanup:
             lock_save_dir(self.settings.output, cleanup)
             start = self._find_start()
@@ -311,6 +321,12 @@ class Run:
         sums = check_weights(weights, config, flag, dtype)
         if sums is not None:
             self._check_adapter_base(start.adapter_run, sums)
+
+    def _check_memory(self) -> None:
+        """A machine without enough memory ends a process without a word, or after minutes of loading."""
+        available = device_memory()
+        if available is not None and (reason := why_too_large(self.plan.memory, available)):
+            raise UserError(f"--pretrained {self.settings.data.pretrained}: {reason}")
 
     def _find_start(self) -> StartingPoint:
         """What `--load_checkpoint` means for this run; a checkpoint fits it, or that is an error."""

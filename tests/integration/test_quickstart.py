@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -20,10 +22,37 @@ def environment() -> dict[str, str]:
     return {"PATH": path} | {name: os.environ[name] for name in names if name in os.environ}
 
 
+def stop_in_the_first_training(command: list[str], cwd: Path, environment: dict[str, str]) -> str:
+    """Runs quickstart.sh until it trains, presses Ctrl-C, and returns what it printed."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith("warning: the first loss is"):  # as it should be with random weights
+            os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130, "".join(printed)[-4000:]
+    return "".join(printed)
+
+
 def test_quickstart(root: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     output = tmp_path / "a directory with spaces"
+    command = ["bash", str(root / "quickstart.sh"), "--output_dir", str(output), "--device", "cpu"]
+    printed = stop_in_the_first_training(command, tmp_path, environment)
+    assert "Stopped in step 6 of 12. To continue there: bash quickstart.sh --output_dir " in printed
+    assert list((output / "pretrain").glob("epoch-*_step-*/COMPLETE")), printed[-4000:]
+
     result = subprocess.run(
-        ["bash", str(root / "quickstart.sh"), "--output_dir", str(output), "--device", "cpu"],
+        command,
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -35,7 +64,22 @@ def test_quickstart(root: Path, tmp_path: Path, environment: dict[str, str]) -> 
     lines = result.stdout.splitlines()
     model_dir = output / "sft" / "modeling"
     assert lines[-1] == f"Model: {model_dir}"
-    assert sum(line == "(as in the sample)" for line in lines) >= 3
+    assert sum(line == "(as in the sample)" for line in lines) == 3
+
+    # It continues where it was stopped, says how much is left, and ends with results and what to try next.
+    assert [line[:9] for line in lines if line.endswith(": finished by an earlier run")] == [
+        f"[{number} of 12]" for number in range(1, 6)
+    ]
+    assert "Resumed from " in result.stdout
+    progress = [
+        line for line in lines if re.fullmatch(r"\[\d+ of 12\] .* \(about \d+ (minutes|seconds) left\)", line)
+    ]
+    assert len(progress) == 7, progress
+    assert "Replacing" not in result.stdout
+    end = lines[lines.index(progress[-1]) :]
+    assert any(line.startswith("trained ") for line in end)
+    assert f"Curves: {output}/pretrain_logs/training_curves.png" in end
+    assert "What to try next:" in end
     for stage in ("pretrain", "sft"):
         metrics = (output / f"{stage}_logs" / "metrics.jsonl").read_text(encoding="utf-8")
         records = [json.loads(line) for line in metrics.splitlines()]

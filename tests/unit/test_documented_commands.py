@@ -230,6 +230,16 @@ def test_commands_of_quickstart(quickstart_commands: list[list[str]], capsys: py
         assert_parses(words, capsys)
 
 
+def test_what_quickstart_says_to_try_next(capsys: pytest.CaptureFixture) -> None:
+    report = load_script(ROOT / "examples/report_quickstart.py")
+    for _, words in report.next_commands("an output/directory"):
+        if words[0] in OTHER_PROGRAMS:
+            OTHER_PROGRAMS[words[0]](words)
+        else:
+            assert shlex.split(report.shown(words)) == words
+            assert_parses(words, capsys)
+
+
 def test_the_walk_through_has_the_commands_of_quickstart(quickstart_commands: list[list[str]]) -> None:
     page = ROOT / "docs/quickstart.md"
     documented = [words for block in shell_blocks(page) for words in split_commands(block)]

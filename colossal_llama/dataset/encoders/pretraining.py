@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from colossal_llama.corpus.records import take_category, take_string
+from colossal_llama.corpus.records import BadRecord, take_category, take_string
 from colossal_llama.dataset.encoders import find_policy
 from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome
 from colossal_llama.dataset.engines import load_engine
@@ -66,6 +66,8 @@ class PretrainEncoder:
     def parse(self, value: dict[str, Any]) -> PretrainRecord:
         if self.spec.text_field:
             return PretrainRecord("", take_string(value, self.spec.text_field), take_category(value))
+        if "source" not in value and "target" not in value:
+            _name_other_kinds(value)
         return PretrainRecord(
             take_string(value, "source"), take_string(value, "target"), take_string(value, "category")
         )
@@ -104,3 +106,14 @@ class PretrainEncoder:
         if num_tokens <= max_length:
             return Outcome(num_tokens, [stored])
         return self.fit(stored, max_length)
+
+
+def _name_other_kinds(record: dict[str, Any]) -> None:
+    """Raises `BadRecord` for what another script or flag is for."""
+    for field in ("messages", "conversations", "instruction"):
+        if field in record:
+            raise BadRecord(
+                "conversations", f"is a conversation (found '{field}'); use prepare_sft_dataset.py for these"
+            )
+    if isinstance(record.get("text"), str):
+        raise BadRecord("'source' missing", "'source' is missing (found 'text'); give --text_field text")

@@ -33,6 +33,11 @@ def load_config(path: str, trust_remote_code: bool) -> LlamaConfig:
     except UserError:
         raise
     except Exception as error:  # a damaged file can make any of them
+        if not Path(path).exists():
+            raise UserError(
+                f"{where}: no such directory, and no model of the Hugging Face hub, as far as can "
+                f"be seen from here ({first_line(error)})"
+            ) from None
         raise UserError(f"{where}: cannot be read as a Hugging Face model ({first_line(error)})") from None
     if config.model_type != "llama":
         raise UserError(

@@ -51,7 +51,7 @@ def test_what_an_instruction_is_about_and_what_came_before_it() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"text": "a"}, "'messages' is missing"),
+        ({"text": "a"}, "'messages' is missing .*prepare_pretrain_dataset.py"),
         ({"messages": [{"role": "tool", "content": "a"}]}, r"unknown role 'tool' \(choose from user"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"from": "x"}]},

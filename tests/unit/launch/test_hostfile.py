@@ -32,12 +32,13 @@ def test_each_problem_has_its_line_and_the_other_hosts_are_kept(tmp_path: Path) 
     hosts, problems = read(tmp_path, "# ours\na\na slots=8\n\nme@b\na\nc,d\n-x\ne\n")
     assert hosts == ["a", "e"]
     assert [problem.partition("hostfile")[2] for problem in problems] == [
-        ':1: "# ours": `colossalai run` takes comments for host names; give one host name or address a line',
-        ':3: "a slots=8": no slots or options; give one host name or address a line',
-        ':5: "me@b": no user name here; set it in ~/.ssh/config, and give one host name or address a line',
+        ':1: "# ours": `colossalai run` takes comments for host names; '
+        "give one host name or address per line",
+        ':3: "a slots=8": no slots or options; give one host name or address per line',
+        ':5: "me@b": no user name here; set it in ~/.ssh/config, and give one host name or address per line',
         ":6: a: listed twice, first in line 2; remove one",
-        ':7: "c,d": is not a host name; give one host name or address a line',
-        ':8: "-x": is not a host name; give one host name or address a line',
+        ':7: "c,d": is not a host name; give one host name or address per line',
+        ':8: "-x": is not a host name; give one host name or address per line',
     ]
 
 
@@ -59,7 +60,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "\n  \n"])
 def test_a_hostfile_without_hosts(text: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no host in it; list one a line"):
+    with pytest.raises(UserError, match="no host in it; list one per line"):
         read(tmp_path, text)
 
 

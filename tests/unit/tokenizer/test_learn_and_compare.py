@@ -201,3 +201,12 @@ def test_directory_without_tokenizer(corpus: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.argv", ["x", f"--tokenizer_dirs={corpus}", f"--data_input_dirs={corpus}"])
     with pytest.raises(UserError, match="no tokenizer can be loaded"):
         compare_tokenizers.main()
+
+
+def test_plain_texts_are_read_as_they_are(tmp_path: Path) -> None:
+    """As `prepare_pretrain_dataset.py --text_field` takes them; other names of the field have to be given."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "story": "two"}\n')
+    assert list(read_samples([tmp_path])) == ["one"]
+    assert list(read_samples([tmp_path], "story")) == ["two"]
+    with pytest.raises(UserError, match=r"a\.jsonl:1: 'body' is missing"):
+        list(read_samples([tmp_path], "body"))

@@ -14,6 +14,8 @@ from colossal_llama.training.memory import (
     MemoryEstimate,
     activation_bytes_per_token,
     estimate_memory,
+    memory_in_name,
+    why_too_large,
 )
 from colossal_llama.utils.llama_size import count_parameters, matrix_parameters
 
@@ -331,3 +333,23 @@ def test_copies_of_a_background_save_are_in_pinned_memory() -> None:
     assert memory("--plugin ddp --mixed_precision fp32").pinned == (12 * N + 4 * N // 8) * 3 // 2
     assert memory("--plugin zero2 --no-async_save").pinned == 0
     assert memory("--plugin zero2").peak == memory("--plugin zero2 --no-async_save").peak
+
+
+# Models that do not fit
+
+
+def test_a_model_that_cannot_fit_is_refused() -> None:
+    """What every step holds has to fit; activations, which depend on the rows, may be estimated too high."""
+    estimates = [MemoryEstimate(weights=3, moments=5, activations=100), MemoryEstimate(weights=4)]
+    assert why_too_large(estimates, 8) is None
+    reason = why_too_large(estimates, 7)
+    assert reason is not None
+    for word in ("in each process", "--tp", "zero2_cpu", "--dry_run"):
+        assert word in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"), [("NVIDIA H100 80GB HBM3", 80), ("NVIDIA A100-SXM4-40GB", 40), ("NVIDIA H200", None)]
+)
+def test_the_size_in_the_name_of_a_device(name: str, gib: int | None) -> None:
+    assert memory_in_name(name) == (None if gib is None else gib * 1024**3)

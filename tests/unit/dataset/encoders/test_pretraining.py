@@ -89,3 +89,19 @@ def test_records_are_checked(make_encoder: MakeEncoder) -> None:
             make_encoder().parse({k: v for k, v in good.items() if k != field})
         with pytest.raises(BadRecord, match=f"'{field}' is null, not a string"):
             make_encoder().parse({**good, field: None})
+
+
+@pytest.mark.parametrize(
+    ("record", "remedy"),
+    [
+        ({"messages": [], "category": "c"}, "found 'messages'.*prepare_sft_dataset.py"),
+        ({"conversations": []}, "found 'conversations'.*prepare_sft_dataset.py"),
+        ({"instruction": "a", "output": "b"}, "found 'instruction'.*prepare_sft_dataset.py"),
+        ({"text": "a"}, "found 'text'.*--text_field text"),
+    ],
+)
+def test_records_of_another_kind_name_what_is_for_them(
+    make_encoder: MakeEncoder, record: dict, remedy: str
+) -> None:
+    with pytest.raises(BadRecord, match=remedy):
+        make_encoder().parse(record)
