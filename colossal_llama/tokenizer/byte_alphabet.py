@@ -13,6 +13,10 @@ CHARACTER_OF = {byte: chr(byte) for byte in _PRINTABLE} | {
     byte: chr(0x100 + index) for index, byte in enumerate(_OTHERS)
 }
 BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
+# What is no character of the alphabet stays, or becomes, one that Latin-1 does not have.
+_TO_LATIN_1 = dict.fromkeys(range(256), "\uffff") | {
+    ord(character): chr(byte) for character, byte in BYTE_OF.items()
+}
 
 
 def byte_token(text: str) -> str:
@@ -30,4 +34,7 @@ def token_bytes(token: str) -> bytes:
     Raises:
         KeyError: it is no byte-level token, but a special one for instance.
     """
-    return bytes(BYTE_OF[character] for character in token)
+    try:
+        return token.translate(_TO_LATIN_1).encode("latin-1")
+    except UnicodeEncodeError as error:
+        raise KeyError(token[error.start]) from None

@@ -7,6 +7,8 @@ checked while it works (`checked`). Nothing that is written depends on which one
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -32,13 +34,24 @@ def installed_version(name: str) -> str | None:
         return None
 
 
+def load_reference(tokenizer_json: str) -> TextEncoder:
+    """The reference for the tokenizer in a file; a process loads a file once."""
+    status = os.stat(tokenizer_json)
+    return _load_reference(tokenizer_json, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1)
+def _load_reference(tokenizer_json: str, mtime_ns: int, size: int) -> TextEncoder:
+    return look_up(ENGINES, REFERENCE)(tokenizer_json)
+
+
 def load_engine(name: str, tokenizer_json: str, engine_json: str = "") -> TextEncoder:
     """The engine of this name for the tokenizer in a file, checked while it works.
 
     Args:
         engine_json: the same tokenizer as the engine reads it; "" for the same file.
     """
-    reference = look_up(ENGINES, REFERENCE)(tokenizer_json)
+    reference = load_reference(tokenizer_json)
     if name == REFERENCE:
         return reference
     from colossal_llama.dataset.engines.checked import CheckedEngine

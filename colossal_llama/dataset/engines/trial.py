@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from colossal_llama.dataset.engines import ENGINES, REFERENCE
+from colossal_llama.dataset.engines import ENGINES, load_reference
 from colossal_llama.dataset.engines.base import Engine
 from colossal_llama.dataset.engines.checked import (
     CheckedEngine,
@@ -143,7 +143,7 @@ def find_form(name: str, tokenizer_json: str, directory: Path) -> tuple[int, int
         EngineDifference: it made other ids of a text, in the form that came furthest.
         NotForThisTokenizer: it reads no form of it.
     """
-    reference = look_up(ENGINES, REFERENCE)(tokenizer_json)
+    reference = load_reference(tokenizer_json)
     table, words = read_vocabulary(Path(tokenizer_json).read_bytes())  # these do not depend on the form
     refusal: Exception | None = None
     furthest: tuple[int, EngineDifference] | None = None

@@ -46,6 +46,10 @@ def test_byte_alphabet_is_that_of_the_tokenizers_library() -> None:
     for text in ["a b\n人", "é😀\x00\x7f\xa0\xad"]:
         assert byte_token(text) == splitter.pre_tokenize_str(text)[0][0]
         assert token_bytes(byte_token(text)).decode() == text
+    for code in (*range(0x300), 0xFFFF, 0x10000):
+        if chr(code) not in CHARACTER_OF.values():
+            with pytest.raises(KeyError):
+                token_bytes(f"a{chr(code)}")
 
 
 @pytest.mark.parametrize("mode", ["report", "add", "drop"])
