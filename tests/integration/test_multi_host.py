@@ -268,12 +268,13 @@ def test_preflight_names_every_problem_of_every_host(tmp_path, hosts, training_i
     assert checked.returncode == 2
     assert [line.split()[0] for line in checked.stdout.splitlines()[2:]] == ["host-a", "host-b", "host-c"]
     problems = checked.stderr.splitlines()
+    version = re.escape((ROOT / "version.txt").read_text(encoding="utf-8").strip())
     for expected in (
         r'hostfile:1: "host-a # the first": `colossalai run` takes comments for host names',
         r"host-a: port 29500: Address already in use; choose another with --master_port",
         r"host-a: GLOO_SOCKET_IFNAME=eth9: no such interface .*; it has lo, eth0",
         r"host-b: GLOO_SOCKET_IFNAME=eth9: no such interface .*; it has lo, eth0",
-        r"host-b: project 0\.0\.9 \(\w+\), host-a has 0\.1\.0 \(\w+\); bring the sources to the same state",
+        rf"host-b: project 0\.0\.9 \(\w+\), host-a has {version} \(\w+\); bring the sources to the same state",
         r"host-b: --dataset \S+/part-00000: no such directory; mount the storage there, or copy it",
         r"host-b: --save_dir \S+: a file written here is not seen there; checkpoints need storage",
         r"host-c: ssh failed \(.*host-c.*\); correct the name in the hostfile",
