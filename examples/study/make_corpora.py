@@ -75,19 +75,27 @@ class _Sections(HTMLParser):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--packages_dir", type=Path, required=True, help="the .deb files; missing ones come by apt"
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--packages_dir", type=Path, help="the .deb files; missing ones come by apt")
+    source.add_argument(
+        "--records_dir", type=Path, help="*.jsonl in place of the packages; a text is a page then"
     )
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="gets LANGUAGE/ and held_out/LANGUAGE/"
     )
     parser.add_argument("--held_out_share", type=float, default=0.05, help="share of the pages, 0 to 1")
     args = parser.parse_args()
-    fetch(args.packages_dir)
+    if args.packages_dir:
+        fetch(args.packages_dir)
     for language in PAGES:
         records: dict[bool, list[dict[str, str]]] = {False: [], True: []}
         seen: set[str] = set()
-        for page, record in read_records(args.packages_dir, language):
+        found = (
+            read_records(args.packages_dir, language)
+            if args.packages_dir
+            else read_jsonl(args.records_dir, language)
+        )
+        for page, record in found:
             if record["target"] not in seen:
                 seen.add(record["target"])
                 records[is_held_out(page, args.held_out_share)].append(record)
@@ -121,6 +129,15 @@ def read_records(packages_dir: Path, language: str) -> Iterator[tuple[str, dict[
                             f"{package}/{path.name}",
                             {"source": "", "target": text, "category": package.partition("-")[0]},
                         )
+
+
+def read_jsonl(directory: Path, language: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """As `read_records`, of records that are there; those of a language are found by their characters."""
+    for path in sorted(directory.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if bool(CHINESE.search(record["target"])) == (language == "zh"):
+                yield record["target"], record
 
 
 def read_sections(path: Path) -> Iterator[str]:
