@@ -20,6 +20,7 @@ from arms import ARMS, BASELINE, MERGE_SHARES, MERGED_ARMS
 from rates import choose_rate, read_looks, read_metrics
 from run_study import LANGUAGES, SETTINGS_FILE, WINDOWS
 
+from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json
 
 PACKAGES = ("torch", "transformers", "colossalai", "tokenizers", "gguf", "tuetoken")
@@ -41,6 +42,8 @@ DIFFERENCES = (
 
 
 def collect(work_dir: Path) -> dict[str, Any]:
+    if not (work_dir / "comparison" / "comparison.json").is_file():
+        raise UserError(f"--work_dir {work_dir}: holds no finished study; run_study.py comes before")
     settings = read_json(work_dir / SETTINGS_FILE)
     estimates = read_estimates(work_dir)
     models, differences = read_comparison(work_dir, settings)

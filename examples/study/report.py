@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from colossal_llama.utils.arguments import ArgumentParser, existing_directory
+from colossal_llama.utils.arguments import ArgumentParser
 from colossal_llama.utils.console import log
 from colossal_llama.utils.errors import UserError, run_command
 from colossal_llama.utils.files import read_json_object, write_json, write_text_atomically
@@ -30,7 +30,7 @@ TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", flags=re.DOT
 class ReportSettings:
     """Where the figures are, and where what is made of them goes."""
 
-    work_dir: Path | None = flag(None, "work directory of run_study.py", type=existing_directory)
+    work_dir: Path | None = flag(None, "work directory of run_study.py", type=Path)
     study: Path | None = flag(None, "a study.json, in place of --work_dir", type=Path)
     output_dir: Path = flag(None, "directory for the pictures", type=Path, required=True)
     json_file: Path | None = flag(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
@@ -12,24 +12,7 @@ LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}
 
 def make_tables(study: dict[str, Any]) -> dict[str, str]:
     """Name of the table -> Markdown."""
-    return {
-        "arms": arms_table(study),
-        "text": text_table(study),
-        "tokenizers": tokenizers_table(study),
-        "rate": rate_table(study),
-        "results": results_table(study),
-        "extension": extension_table(study),
-        "curves": curves_table(study),
-        "break_even": break_even_table(study),
-        "replay": kinds_table(study, ("base", "no_replay", "extended", "much_replay"), merges=True),
-        "starts": starts_table(study),
-        "schedule": schedule_table(study),
-        "differences": differences_table(study),
-        "ledger": ledger_table(study),
-        "bill": bill_table(study),
-        "time": time_table(study),
-        "environment": environment_table(study),
-    }
+    return {name: make(study) for name, make in TABLES.items()}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 1) -> str:
@@ -251,6 +234,10 @@ def break_even_table(study: dict[str, Any]) -> str:
     return f"{table}\n\n{sentence}"
 
 
+def replay_table(study: dict[str, Any]) -> str:
+    return kinds_table(study, ("base", "no_replay", "extended", "much_replay"), merges=True)
+
+
 def starts_table(study: dict[str, Any]) -> str:
     """Each start before and after training."""
     found = {each["kind"]: each for each in study["models"]}
@@ -418,3 +405,23 @@ def environment_table(study: dict[str, Any]) -> str:
         ("peak learning rate", f"{study['rate']['chosen']:g}"),
     ]
     return markdown(("", ""), rows, numbers_from=2)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "arms": arms_table,
+    "text": text_table,
+    "tokenizers": tokenizers_table,
+    "rate": rate_table,
+    "results": results_table,
+    "extension": extension_table,
+    "curves": curves_table,
+    "break_even": break_even_table,
+    "replay": replay_table,
+    "starts": starts_table,
+    "schedule": schedule_table,
+    "differences": differences_table,
+    "ledger": ledger_table,
+    "bill": bill_table,
+    "time": time_table,
+    "environment": environment_table,
+}
