@@ -1,7 +1,7 @@
 """Tables and pictures of a study, from what run_study.py left, or from the figures of an earlier report.
 
 Writes study.json and the pictures. The tables go to a Markdown page, whose other text is left alone, between
-lines like these:
+lines like these; pictures are expected beside it:
 
     <!-- table: results -->
     <!-- end -->

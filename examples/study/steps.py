@@ -74,6 +74,9 @@ class Runner:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": str(threads),
+            # Threads that wait don't spin: on a machine with other work, spinning makes steps several times
+            # as slow, and on a quiet one it wins little.
+            "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "MPLBACKEND": "Agg",

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
+from drawings import CURVES, LANGUAGE_NAMES, REPLAY, RESULTS
+
 GIB = 2**30
-LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}
 
 
 def make_tables(study: dict[str, Any]) -> dict[str, str]:
@@ -424,4 +425,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bill": bill_table,
     "time": time_table,
     "environment": environment_table,
+    "picture_results": lambda study: f"![Change of bits per byte against the base model, by arm]({RESULTS})",
+    "picture_curves": lambda study: f"![Bits per byte of validation text during training]({CURVES})",
+    "picture_replay": lambda study: f"![Chinese learned against English forgotten]({REPLAY})",
 }
