@@ -52,6 +52,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--size_mb", type=positive_int, default=100, help="size of the corpus, in MB")
     parser.add_argument("--tokenizer_dir", type=existing_directory, help="tokenizer (default: trains one)")
     parser.add_argument("--vocab_size", type=number(int, 1000), default=32000, help="pieces of a trained one")
+    parser.add_flag(
+        "--byte_level",
+        default=False,
+        help="train a byte-level one, in LLaMA-3's shape (default: like LLaMA-2's)",
+    )
     parser.add_argument(
         "--num_workers", type=positive_int, default=len(os.sched_getaffinity(0)), help="cores for both sides"
     )
@@ -143,12 +148,19 @@ def make_corpus(directory: Path, kind: str, megabytes: int, source_share: float)
         number_of_files += 1
 
 
-def make_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A sentencepiece BPE tokenizer with the settings of LLaMA-2's, trained on made-up text."""
+def make_tokenizer(directory: Path, vocab_size: int, byte_level: bool) -> None:
+    """A tokenizer trained on made-up text: sentencepiece BPE as LLaMA-2's, or byte-level as LLaMA-3's."""
+    documents = TextMaker(seed=1).documents()
+    if byte_level:
+        sys.path.insert(0, str(ROOT / "tests"))
+        from support import make_llama3_tokenizer
+
+        texts = [next(documents)[1] for _ in range(max(4000, vocab_size // 5))]
+        make_llama3_tokenizer(texts, directory, vocab_size)
+        return
     sys.path.insert(0, str(ROOT / "examples"))
     from make_base_model import make_tokenizer as train
 
-    documents = TextMaker(seed=1).documents()
     train([next(documents)[1] for _ in range(4000)], directory, vocab_size)
 
 
@@ -201,6 +213,73 @@ def measure_bare_tokenizer(
         ).stdout
     seconds, cpu_seconds, tokens = output.split()
     return float(seconds), float(cpu_seconds), int(tokens)
+
+
+PLAIN_PROGRAM = """
+import json, multiprocessing, sys
+import numpy as np, orjson
+from tuetoken import Tokenizer
+
+tokenizer_json, paths, number, output = sys.argv[1], sys.argv[4:], int(sys.argv[2]), sys.argv[3]
+
+def texts_of(worker):
+    line_number = 0
+    for path in paths:
+        for line in open(path, "rb"):
+            line_number += 1
+            if line_number % number == worker:
+                record = orjson.loads(line)
+                if "target" in record:
+                    yield record["source"] + record["target"]
+                else:
+                    yield from [message["content"] for message in record["messages"]]
+
+def work(worker):
+    tokenizer, batch = Tokenizer(tokenizer_json), []
+    with open(f"{output}-{worker}", "wb") as file:
+        def write():
+            ids = tokenizer.encode_ordinary_to_buffer(batch, num_threads=1)["data"].astype(np.int32)
+            file.write(ids.data)
+            file.write(ids.data)  # as ids and labels
+            batch.clear()
+        for text in texts_of(worker):
+            batch.append(text)
+            if len(batch) == 1024:
+                write()
+        write()
+
+with multiprocessing.Pool(number) as pool:
+    pool.map(work, range(number))
+"""
+
+
+def measure_plain_program(tokenizer_dir: Path, data_dir: Path, num_workers: int, work_dir: Path) -> Run:
+    """The limit: lines to ids to a file twice, in as many processes, by the fastest engine and nothing else.
+
+    No template, no rows, no checks, no record may be bad. The tokenizer is read in the form that preparation
+    found for the engine.
+    """
+    from transformers import AutoTokenizer
+
+    from colossal_llama.dataset.engines.trial import find_form, write_form
+
+    plain_json = work_dir / "plain.json"
+    plain_json.write_text(AutoTokenizer.from_pretrained(tokenizer_dir).backend_tokenizer.to_str())
+    number, _ = find_form("tuetoken", str(plain_json), work_dir)
+    form = write_form("tuetoken", str(plain_json), number, work_dir)
+    paths = [str(path) for path in sorted(data_dir.glob("*.jsonl"))]
+    started, cpu_before = time.perf_counter(), _cpu_of_children()
+    command = [
+        sys.executable,
+        "-c",
+        PLAIN_PROGRAM,
+        str(form),
+        str(num_workers),
+        str(work_dir / "plain"),
+        *paths,
+    ]
+    subprocess.run(command, check=True)
+    return Run(time.perf_counter() - started, _cpu_of_children() - cpu_before, 0, 0, 0)
 
 
 def run_script(script: str, arguments: list[str]) -> Run:
@@ -306,7 +385,7 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
     )
     tokenizer_dir = args.tokenizer_dir or work_dir / "tokenizer"
     if not tokenizer_dir.exists():
-        make_tokenizer(tokenizer_dir, args.vocab_size)
+        make_tokenizer(tokenizer_dir, args.vocab_size, args.byte_level)
     speed, memory = [], []
     for kind in ("pretrain", "sft"):
         data_dir = work_dir / f"{kind}-{args.size_mb}mb"
@@ -314,12 +393,19 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
             make_corpus(data_dir, kind, args.size_mb, args.source_share)
         texts = read_texts(data_dir, kind, args.size_mb)
         engines = [engine for engine in ENGINES if engine == REFERENCE or installed_version(engine)]
-        bare, runs_of = [], {engine: [] for engine in engines}
+        bare, plain, runs_of = [], [], {engine: [] for engine in engines}
         for _ in range(args.repeats):  # in turns, so that a busy machine slows all
             bare.append(measure_bare_tokenizer(tokenizer_dir, texts, args.num_workers))
+            if "tuetoken" in engines:
+                plain.append(measure_plain_program(tokenizer_dir, data_dir, args.num_workers, work_dir))
             for engine, runs in runs_of.items():
                 runs.append(prepare(kind, data_dir, tokenizer_dir, args, work_dir / "out", engine=engine))
         seconds, _, num_tokens = min(bare)
+        if plain:
+            limit = min(plain, key=lambda run: run.seconds)
+            figures = ["", f"{num_tokens / limit.seconds:,.0f}", seconds / limit.seconds]
+            cpu_ratio = min(cpu for _, cpu, _ in bare) / min(run.cpu_seconds for run in plain)
+            speed.append([kind, "(limit)", num_tokens, *figures, cpu_ratio, ""])
         for engine, ours in runs_of.items():
             cpu_ratio = min(cpu for _, cpu, _ in bare) / min(run.cpu_seconds for run, _ in ours)
             run, stats = min(ours, key=lambda item: item[0].seconds)

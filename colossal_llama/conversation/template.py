@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
 
 from colossal_llama.conversation.binding import BoundForm, bind_form
 from colossal_llama.conversation.form import CONTENT, Form, write_marker
@@ -56,15 +58,16 @@ class EncodedTurns:
     """A conversation in tokens.
 
     Attributes:
+        ids: int32 [tokens].
         loss_spans: half-open spans of `ids` that have loss.
         turn_ends: number of tokens up to the end of each turn.
         answers: whether each turn has loss.
     """
 
-    ids: list[int] = field(default_factory=list)
-    loss_spans: list[tuple[int, int]] = field(default_factory=list)
-    turn_ends: list[int] = field(default_factory=list)
-    answers: list[bool] = field(default_factory=list)
+    ids: np.ndarray
+    loss_spans: list[tuple[int, int]]
+    turn_ends: list[int]
+    answers: list[bool]
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,11 @@ class TurnTemplate(ABC):
         if self.form.default_system and not self._turns["system"].after and not self.form.system_inside:
             opening = self.form.system.replace(CONTENT, self.form.default_system)
         texts = {bound.rule.write(text) for head in heads for text in (head, opening + head)} - {""}
-        self._fixed = dict(zip(sorted(texts), encode(sorted(texts)), strict=True))
+        self._fixed = {
+            text: np.array(ids, dtype=np.int32)
+            for text, ids in zip(sorted(texts), encode(sorted(texts)), strict=True)
+        }
+        self._controls_as_ids = {i: np.array([i], dtype=np.int32) for i in self._control_ids.values()}
 
     @classmethod
     def of_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, llama_version: int | None = None) -> Self:
@@ -175,13 +182,13 @@ class TurnTemplate(ABC):
         turns = self.render_turns(messages)
         segments = [Segment(text, token_id) for turn in turns for text, token_id, _, _ in turn]
         (encoded,) = self._encode([[segments]])
-        return encoded.ids
+        return encoded.ids.tolist()
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         if refusal := self.form.find_refusal(messages):
             raise UserError(f"the template refuses the conversation: {refusal}")
         (encoded,) = self._encode([[self.render_prompt(messages)]])
-        return encoded.ids
+        return encoded.ids.tolist()
 
     def find_end_ids(self) -> set[int]:
         return {self.end_id}
@@ -265,24 +272,31 @@ class TurnTemplate(ABC):
                         texts.append(text)
         encoded = iter(self._encode_texts(texts))
         split = iter(self._encode_with_borders(split_texts, positions) if split_texts else ())
+        of_control = self._controls_as_ids
         for turns in conversations:
-            result = EncodedTurns()
-            ids, loss_spans = result.ids, result.loss_spans
+            parts: list[Sequence[int]] = []
+            loss_spans, turn_ends, answers = [], [], []
+            end = 0
             for segments in turns:
                 num_spans = len(loss_spans)
                 for text, token_id, has_loss, loss_start in segments:
-                    start = len(ids)
+                    start = end
                     if token_id is not None:
-                        ids.append(token_id)
+                        part = of_control[token_id]
                     elif loss_start:
-                        found, border = next(split)
+                        part, border = next(split)
                         start += border
-                        ids.extend(found)
                     elif text:
-                        fixed = fixed_texts.get(text)
-                        ids.extend(next(encoded) if fixed is None else fixed)
+                        part = fixed_texts.get(text)
+                        if part is None:
+                            part = next(encoded)
+                    else:
+                        part = ()
+                    parts.append(part)
+                    end += len(part)
                     if has_loss:
-                        loss_spans.append((start, len(ids)))
-                result.turn_ends.append(len(ids))
-                result.answers.append(len(loss_spans) > num_spans)
-            yield result
+                        loss_spans.append((start, end))
+                turn_ends.append(end)
+                answers.append(len(loss_spans) > num_spans)
+            ids = np.concatenate(parts, dtype=np.int32, casting="unsafe") if parts else np.zeros(0, np.int32)
+            yield EncodedTurns(ids, loss_spans, turn_ends, answers)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from platform import machine
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,14 @@ from colossal_llama.dataset.encoders import find_encoder
 from colossal_llama.dataset.encoders.base import EncoderSpec, RecordEncoder
 from colossal_llama.dataset.engines import REFERENCE, TESTED_VERSIONS, installed_version
 from colossal_llama.dataset.engines.checked import EngineDifference, NotForThisTokenizer
-from colossal_llama.dataset.engines.trial import TRIAL_FORMAT, find_form
+from colossal_llama.dataset.engines.trial import TRIAL_FORMAT, find_form, write_form
 from colossal_llama.utils.console import log, warn
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json, write_json
 
 SAMPLED_SHARDS = 32
 SAMPLED_RECORDS = 16  # of each
-SAMPLED_CHARACTERS = 1 << 20  # of all
-TRIALS_FILE = "engine-trials.json"
+SAMPLED_CHARACTERS = 1 << 18  # of all
 
 
 def find_candidate(asked: str) -> str:
@@ -73,22 +74,28 @@ def settle_engine(engine: str, spec: EncoderSpec, shards: Sequence[Shard]) -> En
 
 
 def _find_form(engine: str, found: str, spec: EncoderSpec) -> tuple[str, int]:
-    """As `find_form`; a trial that was passed is not repeated in the same output directory."""
+    """As `find_form`; a trial that was passed once is not repeated for the same tokenizer and versions."""
     source = Path(spec.tokenizer_json)
-    trials_file = source.with_name(TRIALS_FILE)
-    key = f"{engine} {found} tokenizers {version('tokenizers')} {source.stem} {TRIAL_FORMAT}"
-    passed: Any = None
-    with suppress(UserError, OSError):
-        passed = read_json(trials_file)
-    if isinstance(passed, dict) and passed.get("key") == key:
-        with suppress(OSError, TypeError, KeyError):
-            path = source.with_name(passed["file"])
-            if _digest(path) == passed["sha256"]:
-                return str(path), passed["texts"]
-    path, num_texts = find_form(engine, spec.tokenizer_json, source.parent)
-    name = Path(path).name
-    write_json(trials_file, {"key": key, "file": name, "sha256": _digest(Path(path)), "texts": num_texts})
-    return path, num_texts
+    key = f"{engine}-{found}_tokenizers-{version('tokenizers')}_{machine()}_{TRIAL_FORMAT}_{source.stem}"
+    record = _cache_dir() / f"{key}.json"
+    with suppress(UserError, OSError, TypeError, KeyError):
+        passed = read_json(record)
+        path = write_form(engine, spec.tokenizer_json, passed["form"], source.parent)
+        if _digest(path) == passed["sha256"]:
+            return str(path), passed["texts"]
+    form, num_texts = find_form(engine, spec.tokenizer_json, source.parent)
+    path = write_form(engine, spec.tokenizer_json, form, source.parent)
+    with suppress(UserError, OSError):  # where it can't be kept, the next run tries again
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"form": form, "sha256": _digest(path), "texts": num_texts})
+    return str(path), num_texts
+
+
+def _cache_dir() -> Path:
+    """Of this user, on this machine or for all that share a home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return home / "colossal_llama" / "engine_trials"
 
 
 def _digest(path: Path) -> str:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from colossal_llama.dataset.statistics import (
     HeldOutCounts,
     draw_lengths,
     format_statistics,
+    import_matplotlib,
     make_statistics,
 )
 from colossal_llama.dataset.tokenizer_copy import TokenizerInfo, load_tokenizer, save_tokenizer
@@ -72,6 +74,7 @@ def prepare(settings: PreparationSettings) -> None:
         shards = make_shards(files)
         run_key = _find_run_key(shards, spec, facts, settings, output, new_rows)
         run_id = claim_output(output, run_key, paths.overwrite)
+        threading.Thread(target=import_matplotlib, daemon=True).start()  # used when the workers are done
         encoded = encode_shards(
             workers,
             shards,

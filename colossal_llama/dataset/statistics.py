@@ -39,13 +39,15 @@ class Counts:
         self.characters += num_characters
         self.tokens_in += outcome.num_tokens
         self.pieces += len(outcome.pieces)
-        self.tokens_out += sum(len(piece) for piece in outcome.pieces)
+        self.tokens_out += sum(map(len, outcome.pieces))
         if outcome.pieces:
             self.kept += 1
         else:
             self.dropped_documents[outcome.reason] += 1
-        self.dropped_tokens.update(outcome.dropped_tokens)
-        self.notes.update(outcome.notes)
+        if outcome.dropped_tokens:
+            self.dropped_tokens.update(outcome.dropped_tokens)
+        for note in outcome.notes:
+            self.notes[note] += 1
 
     def add(self, other: Counts) -> None:
         for name in ("documents", "kept", "pieces", "characters", "tokens_in", "tokens_out"):
@@ -236,15 +238,21 @@ def format_statistics(stats: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def draw_lengths(stats: Mapping[str, Any], path: Path) -> None:
-    """Writes a histogram of the lengths of documents (chunks of long ones count by themselves) as PNG."""
+def import_matplotlib() -> tuple[Any, Any]:
+    """The two classes that a picture takes: no display is needed, and no state of pyplot's is touched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    return Figure, FigureCanvasAgg
+
+
+def draw_lengths(stats: Mapping[str, Any], path: Path) -> None:
+    """Writes a histogram of the lengths of documents (chunks of long ones count by themselves) as PNG."""
+    new_figure, add_canvas = import_matplotlib()
     histogram = stats["piece_lengths"]
     edges, numbers = histogram["edges"], histogram["counts"]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # no display is needed, and no state of pyplot's is touched
+    figure = new_figure(figsize=(8, 4.5), layout="constrained")
+    add_canvas(figure)
     axes = figure.add_subplot()
     axes.bar(edges[:-1], numbers, width=np.diff(edges), align="edge", edgecolor="white", linewidth=0.5)
     axes.set_xlabel("length, in tokens")

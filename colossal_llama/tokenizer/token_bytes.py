@@ -71,7 +71,12 @@ class TokenBytes:
 
     @classmethod
     def of_json(cls, serialized: str, special_ids: Iterable[int] = ()) -> TokenBytes | None:
-        """The table of a fast tokenizer, from its `tokenizer.json`.
+        """The table of a fast tokenizer, from its `tokenizer.json`; see `of_value`."""
+        return cls.of_value(json.loads(serialized), special_ids)
+
+    @classmethod
+    def of_value(cls, fast: Mapping[str, Any], special_ids: Iterable[int] = ()) -> TokenBytes | None:
+        """The table of a fast tokenizer, from its parsed `tokenizer.json`.
 
         Args:
             special_ids: special tokens that the file itself does not mark as such.
@@ -79,7 +84,6 @@ class TokenBytes:
         Returns:
             None for a tokenizer of another kind, whose tokens can't be put together to the text.
         """
-        fast = json.loads(serialized)
         splits = steps_of(fast.get("pre_tokenizer"))
         rewrites = steps_of(fast.get("normalizer"))
         if any(step["type"] == "ByteLevel" for step in splits):

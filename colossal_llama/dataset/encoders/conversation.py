@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from colossal_llama.conversation import find_template
 from colossal_llama.conversation.carried import CarriedTemplate
 from colossal_llama.conversation.special_strings import NOTE, SpecialStrings
@@ -37,13 +35,7 @@ class ConversationEncoder:
         self.max_length = spec.max_length
         engine = load_engine(spec.engine, spec.tokenizer_json, spec.engine_json)
         template = find_template(spec.conversation_template)
-        self.template = template(
-            spec.bound_form,
-            lambda texts: map(as_list, engine.encode(texts)),
-            lambda texts, positions: (
-                (as_list(ids), border) for ids, border in engine.encode_with_borders(texts, positions)
-            ),
-        )
+        self.template = template(spec.bound_form, engine.encode, engine.encode_with_borders)
         self.special_strings = SpecialStrings(spec.bound_form.special_tokens)
 
     @classmethod
@@ -84,17 +76,11 @@ class ConversationEncoder:
         return Outcome(0, reason=reason, notes=describe_conversation(record.messages))
 
 
-def as_list(ids: Sequence[int]) -> list[int]:
-    """Ids of an engine as Python's integers: turns are joined from many short ones."""
-    return ids.tolist() if isinstance(ids, np.ndarray) else ids  # type: ignore[return-value]
-
-
 def keep_whole_turns(record: ConversationRecord, turns: EncodedTurns, max_length: int) -> Outcome:
     """The longest run of whole turns from the start that fits `max_length` and ends with an answer."""
-    plain = np.array(turns.ids, dtype=np.int32)
-    stored = ~plain
+    stored = ~turns.ids
     for start, end in turns.loss_spans:
-        stored[start:end] = plain[start:end]
+        stored[start:end] = turns.ids[start:end]
     outcome = Outcome(len(stored), notes=describe_conversation(record.messages))
     ends = [end for end, has_loss in zip(turns.turn_ends, turns.answers, strict=True) if has_loss]
     fitting = [end for end in ends if end <= max_length]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from operator import eq
 from typing import Any
 
 from colossal_llama.conversation.formats import FORMATS, find_format
@@ -45,12 +45,17 @@ def parse_conversation(value: dict[str, Any]) -> ConversationRecord:
 
 def describe_conversation(messages: Sequence[Message]) -> list[str]:
     """Peculiarities of a conversation that are counted in the statistics."""
-    turns = [message for message in messages if message.role != "system"]
-    facts = {
-        "own system message": len(turns) < len(messages),
-        "starts with the assistant": bool(turns) and turns[0].role == "assistant",
-        "ends with the human": bool(turns) and turns[-1].role == "human",
-        "empty content": any(not message.content for message in messages),
-        "same role twice": any(a.role == b.role for a, b in pairwise(turns)),
-    }
-    return [fact for fact, holds in facts.items() if holds]
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles  # a system message is the first
+    facts = []
+    if len(turns) < len(roles):
+        facts.append("own system message")
+    if turns and turns[0] == "assistant":
+        facts.append("starts with the assistant")
+    if turns and turns[-1] == "human":
+        facts.append("ends with the human")
+    if not all(message.content for message in messages):
+        facts.append("empty content")
+    if any(map(eq, turns, turns[1:])):
+        facts.append("same role twice")
+    return facts

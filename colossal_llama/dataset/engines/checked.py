@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from colossal_llama.dataset.engines.base import Engine, TextEncoder
 from colossal_llama.tokenizer.pieces_file import SPACE_SYMBOL
@@ -59,11 +59,7 @@ class CheckedEngine:
     @classmethod
     def of_file(cls, name: str, engine: Engine, reference: TextEncoder, tokenizer_json: str) -> CheckedEngine:
         """For the tokenizer that the reference has; raises `NotForThisTokenizer`."""
-        text = Path(tokenizer_json).read_text(encoding="utf-8")
-        table = TokenBytes.of_json(text)
-        if table is None:
-            raise NotForThisTokenizer("it is neither like LLaMA-2's nor byte-level")
-        return cls(name, engine, reference, table, find_words(json.loads(text)))
+        return cls(name, engine, reference, *read_vocabulary(Path(tokenizer_json).read_bytes()))
 
     def is_left_out(self, text: str) -> bool:
         """Whether the reference encodes this text: U+2581, which is a space to some, or an added word."""
@@ -112,6 +108,15 @@ class CheckedEngine:
         return int(np.searchsorted(ends, len(text[:position].encode()) + prefix, side="right"))
 
 
+def read_vocabulary(tokenizer_json: bytes) -> tuple[TokenBytes, list[str]]:
+    """The bytes of each token, and the added words as of `find_words`; raises `NotForThisTokenizer`."""
+    value = orjson.loads(tokenizer_json)
+    table = TokenBytes.of_value(value)
+    if table is None:
+        raise NotForThisTokenizer("it is neither like LLaMA-2's nor byte-level")
+    return table, find_words(value)
+
+
 def is_checked(text: str) -> bool:
     """Whether this text is one of the sample."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % TEXTS_PER_CHECK == 0
@@ -119,14 +124,17 @@ def is_checked(text: str) -> bool:
 
 def raise_difference(engine: str, text: str, found: Sequence[int], wanted: Sequence[int]) -> None:
     """Raises `EngineDifference` where the ids of a text are not those that they should be."""
-    found = np.asarray(found).tolist()
-    wanted = np.asarray(wanted).tolist()
+    found, wanted = _as_list(found), _as_list(wanted)
     if found == wanted:
         return
     pairs = zip(found, wanted, strict=False)
     index = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(wanted)))
     what = " and ".join(str(ids[index]) if index < len(ids) else "none" for ids in (found, wanted))
     raise EngineDifference(engine, text, f"token {index} is {what}")
+
+
+def _as_list(ids: Sequence[int]) -> list[int]:
+    return ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
 
 
 def find_words(serialised: dict[str, Any]) -> list[str]:

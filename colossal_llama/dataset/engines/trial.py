@@ -6,12 +6,15 @@ tries several and takes the first that passes, so that they mean the same need n
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from colossal_llama.dataset.engines import ENGINES, REFERENCE
 from colossal_llama.dataset.engines.base import Engine
@@ -20,12 +23,13 @@ from colossal_llama.dataset.engines.checked import (
     EngineDifference,
     NotForThisTokenizer,
     raise_difference,
+    read_vocabulary,
 )
 from colossal_llama.tokenizer.pieces_file import SPACE_SYMBOL
 from colossal_llama.tokenizer.token_bytes import TokenBytes
 from colossal_llama.utils.registry import look_up
 
-TRIAL_FORMAT = 1  # raised when other texts are tried
+TRIAL_FORMAT = 2  # raised when other texts are tried
 BATCH_TEXTS = 1024
 PIECES_PER_TEXT = 24
 LONG_RUN = 3000
@@ -57,23 +61,21 @@ HARD_STRINGS = [
 
 
 def hard_texts() -> Iterator[str]:
-    """The same texts for every tokenizer: special strings, runs, all planes of Unicode, mixtures."""
-    yield from HARD_STRINGS
+    """The same texts for every tokenizer: runs, all planes of Unicode, mixtures of `HARD_STRINGS`."""
     for run in ("a", "A", " ", "\n", "0", "人", "é", "🌊", "ab", "\0", "-", " a", "\t", "=-", "'s"):
         for length in (2, 3, 7, 8, 15, 16, 17, 63, 64, 65, 127, 300, LONG_RUN):
             yield run * length
             yield f"x{run * min(length, 300)} y"
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    basic, others = characters[: 0x10000 - 0x800], characters[0x10000 - 0x800 :]
+    basic = [*range(0xD800), *range(0xE000, 0x10000)]
     for start in range(0, len(basic), 64):
-        yield "".join(basic[start : start + 64])
-        yield "a".join(basic[start : start + 64 : 4])
-    for start in range(0, len(others), 64 * 8):
-        yield "".join(others[start : start + 64])
+        yield "".join(map(chr, basic[start : start + 64]))
+        yield "a".join(map(chr, basic[start : start + 64 : 4]))
+    for start in range(0x10000, 0x110000, 64 * 8):
+        yield "".join(map(chr, range(start, start + 64)))
     generator = random.Random(0)
     for _ in range(2000):
         parts = generator.choices(HARD_STRINGS, k=generator.randint(2, 6))
-        parts.insert(generator.randrange(len(parts)), generator.choice(basic))
+        parts.insert(generator.randrange(len(parts)), chr(generator.choice(basic)))
         yield "".join(parts)
 
 
@@ -88,78 +90,101 @@ def piece_texts(table: TokenBytes) -> Iterator[str]:
         yield "".join(pieces[start : start + PIECES_PER_TEXT])
 
 
-def forms_of(serialised: str) -> Iterator[str]:
-    """The tokenizer itself, then ones that may mean the same by plain text, each as a `tokenizer.json`."""
-    yield serialised
-    value: dict[str, Any] = {**json.loads(serialised), "added_tokens": [], "post_processor": None}
-    yield json.dumps(value, ensure_ascii=False)
+def forms_of(tokenizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Other forms of a `tokenizer.json` that may mean the same by plain text, beside the tokenizer itself."""
+    value = {**tokenizer, "added_tokens": [], "post_processor": None}
+    yield value
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_SYMBOL}
     prepend = {"type": "Prepend", "prepend": SPACE_SYMBOL}
-    if TokenBytes.of_json(serialised).writes_spaces_as_symbol:  # type: ignore[union-attr]
+    splitting = orjson.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")]).decode()
+    if SPACE_SYMBOL in splitting:
         for steps in ([prepend, replace], [replace]):
             normalizer = {"type": "Sequence", "normalizers": steps}
-            yield json.dumps({**value, "normalizer": normalizer, "pre_tokenizer": None}, ensure_ascii=False)
+            yield {**value, "normalizer": normalizer, "pre_tokenizer": None}
 
 
 def compare(engine: CheckedEngine, texts: Iterable[str]) -> int:
     """Number of texts on which an engine was compared; `EngineDifference` for the first that differs."""
     taken = (text for text in texts if not engine.is_left_out(text))
-    count = 0
+    num_texts = 0
     while batch := list(islice(taken, BATCH_TEXTS)):
-        count += len(batch)
+        num_texts += len(batch)
         for text, found, wanted in zip(
             batch, engine.engine.encode(batch), engine.reference.encode(batch), strict=True
         ):
             raise_difference(engine.name, text, found, wanted)
-    return count
+    return num_texts
 
 
-def find_form(name: str, tokenizer_json: str, directory: Path) -> tuple[str, int]:
-    """The file that an engine reads for a tokenizer, and on how many texts it was compared.
+def write_form(name: str, tokenizer_json: str, number: int, directory: Path) -> Path:
+    """The file that an engine reads: the tokenizer's own for form 0, else one that is written for it.
+
+    Raises:
+        KeyError: there is no such form.
+    """
+    path = Path(tokenizer_json)
+    if number == 0:
+        return path
+    form = next(islice(forms_of(orjson.loads(path.read_bytes())), number - 1, None), None)
+    if form is None:
+        raise KeyError(number)
+    path = directory / f"{path.stem}-{name}.json"
+    path.write_bytes(orjson.dumps(form))
+    return path
+
+
+def find_form(name: str, tokenizer_json: str, directory: Path) -> tuple[int, int]:
+    """The number of the form in which an engine reads a tokenizer, and on how many texts it was compared.
 
     Args:
-        directory: where a file of another form is written.
+        directory: where a file of another form is written; see `write_form`.
 
     Raises:
         EngineDifference: it made other ids of a text, in the form that came furthest.
         NotForThisTokenizer: it reads no form of it.
     """
     reference = look_up(ENGINES, REFERENCE)(tokenizer_json)
-    # Whether it can be used at all does not depend on the form.
-    table = CheckedEngine.of_file(name, _Nothing(), reference, tokenizer_json).table
-    serialised = Path(tokenizer_json).read_text(encoding="utf-8")
+    table, words = read_vocabulary(Path(tokenizer_json).read_bytes())  # these do not depend on the form
     refusal: Exception | None = None
     furthest: tuple[int, EngineDifference] | None = None
-    for number, form in enumerate(forms_of(serialised)):
-        path = Path(tokenizer_json)
-        if number:
-            path = directory / f"{path.stem}-{name}.json"
-            path.write_text(form, encoding="utf-8")
+    for number in count():
         try:
-            engine = CheckedEngine.of_file(name, _load(name, str(path)), reference, tokenizer_json)
+            path = write_form(name, tokenizer_json, number, directory)
+            engine = CheckedEngine(name, _load(name, str(path)), reference, table, words)
+        except KeyError:
+            break
         except NotForThisTokenizer as error:
             refusal = refusal or error
             continue
         num_texts = 0
         try:
-            for texts in (hard_texts(), piece_texts(table)):
-                num_texts += compare(engine, texts)
+            with _all_cores():
+                # A form that does not fit mostly fails on the first of them.
+                for texts in (HARD_STRINGS, hard_texts(), piece_texts(table)):
+                    num_texts += compare(engine, texts)
         except EngineDifference as difference:
             if furthest is None or num_texts > furthest[0]:
                 furthest = num_texts, difference
             continue
-        return str(path), num_texts
+        return number, num_texts
     if furthest is not None:
         raise furthest[1]
     assert refusal is not None
     raise refusal
 
 
-class _Nothing:
-    """An engine that is never asked."""
-
-    def encode(self, texts: Sequence[str]) -> Iterable[list[int]]:
-        raise AssertionError
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Lets the reference encode a batch on all cores, as long as nothing else is to do."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _load(name: str, tokenizer_json: str) -> Engine:

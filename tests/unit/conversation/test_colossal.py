@@ -46,7 +46,7 @@ def test_template_token_for_token(tokenizer, version: int) -> None:
     ]
     turns = template.render_turns(messages)
     (encoded,) = template.encode_conversations([messages])
-    ids = [encoded.ids[start:end] for start, end in pairwise([0, *encoded.turn_ends])]
+    ids = [encoded.ids[start:end].tolist() for start, end in pairwise([0, *encoded.turn_ends])]
     bos = tokenizer.convert_tokens_to_ids("<s>" if version == 2 else "<|begin_of_text|>")
     end = tokenizer.convert_tokens_to_ids("</s>" if version == 2 else "<|eot_id|>")
     human, assistant = encode(tokenizer, "Human: "), encode(tokenizer, "Assistant: ")
@@ -57,7 +57,7 @@ def test_template_token_for_token(tokenizer, version: int) -> None:
         [*assistant, bos, *encode(tokenizer, "See you"), end],
     ]
     # Loss: an assistant's content and its END, not the BOS before it.
-    assert [encoded.ids[start:end] for start, end in encoded.loss_spans] == [
+    assert [encoded.ids[start:end].tolist() for start, end in encoded.loss_spans] == [
         encode(tokenizer, "Hi."),
         [end],
         encode(tokenizer, "See you"),
@@ -93,7 +93,7 @@ def test_prompt_is_the_beginning_of_the_training_sample(tokenizer, version: int)
     messages = [Message("human", "One?"), Message("assistant", "1"), Message("human", "Two </s>?")]
     prompt = template.encode_prompt(messages)
     (sample,) = template.encode_conversations([[*messages, Message("assistant", "2")]])
-    assert sample.ids == [*prompt, *encode(tokenizer, "2"), template.end_id]
+    assert sample.ids.tolist() == [*prompt, *encode(tokenizer, "2"), template.end_id]
     assert template.find_end_ids() == {template.end_id}
 
 

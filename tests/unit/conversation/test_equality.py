@@ -110,7 +110,7 @@ def check_equal(template: TurnTemplate, tokenizer: Any, messages: list[Message])
     out = tokenizer.apply_chat_template(
         as_chat(messages), chat_template=text, return_dict=True, return_assistant_tokens_mask=True
     )
-    assert out["input_ids"] == row.ids
+    assert out["input_ids"] == row.ids.tolist()
     has_loss = [0] * len(row.ids)
     for start, end in row.loss_spans:
         has_loss[start:end] = [1] * (end - start)
@@ -124,7 +124,7 @@ def check_equal(template: TurnTemplate, tokenizer: Any, messages: list[Message])
     # A model completes the beginning of a row, and all that it says has loss.
     answer = messages[-1].content
     if answer.strip() if template.form.trims else answer:
-        assert row.ids[: len(prompt)] == prompt
+        assert row.ids[: len(prompt)].tolist() == prompt
         assert not any(has_loss[: len(prompt)][-1:])
         assert all(has_loss[len(prompt) :])
         assert row.ids[-1] == template.end_id
@@ -170,7 +170,7 @@ def test_rows_are_those_of_the_first_version(any_tokenizer: Any, messages: list[
         expected += [*header, bos, *said, end]
         opening = ""
     (row,) = template.encode_conversations([messages])
-    assert row.ids == expected
+    assert row.ids.tolist() == expected
 
 
 def test_special_strings_in_messages_stay_text(pair: tuple[TurnTemplate, Any]) -> None:

@@ -34,7 +34,7 @@ from colossal_llama.dataset.engines.checked import (
     raise_difference,
 )
 from colossal_llama.dataset.engines.huggingface import TokenizersEngine
-from colossal_llama.dataset.engines.trial import find_form
+from colossal_llama.dataset.engines.trial import find_form, write_form
 from colossal_llama.dataset.preparation import prepare
 from colossal_llama.dataset.settings import (
     PathSettings,
@@ -141,9 +141,11 @@ def test_ids_and_borders_are_those_of_the_reference(
     kind: str, json_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = json_of(kind)
-    form, num_texts = find_form("tuetoken", str(path), tmp_path)
+    number, num_texts = find_form("tuetoken", str(path), tmp_path)
     assert num_texts > 4000
-    assert (form != str(path)) == (kind == "llama2 extended form")
+    assert (number > 0) == (kind == "llama2 extended form")
+    form = str(write_form("tuetoken", str(path), number, tmp_path))
+    assert (form != str(path)) == (number > 0)
     engine, reference = load_engine("tuetoken", str(path), form), load_engine("hf", str(path))
     generator = random.Random(1)
 
@@ -173,7 +175,8 @@ def test_a_tokenizer_behind_special_tokens(json_of: Callable[[str], Path], tmp_p
     for kind in ("llama2", "llama2 extended form"):
         path = tmp_path / "within.json"
         path.write_text(follow_special_tokens(json_of(kind).read_text(encoding="utf-8")), encoding="utf-8")
-        form, _ = find_form("tuetoken", str(path), tmp_path)
+        number, _ = find_form("tuetoken", str(path), tmp_path)
+        form = str(write_form("tuetoken", str(path), number, tmp_path))
         engine, reference = load_engine("tuetoken", str(path), form), load_engine("hf", str(path))
         given_texts = [a + b for a in PARTS for b in PARTS]
         assert [list(ids) for ids in engine.encode(given_texts)] == list(reference.encode(given_texts))
@@ -202,6 +205,37 @@ def test_a_trial_finds_an_engine_that_errs(
         find_form("refusing", str(json_of("llama2")), tmp_path)
 
 
+@needs_tuetoken
+def test_a_trial_is_not_repeated(
+    llama2_tokenizer_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """Not even in another output directory. A damaged record, or none that can be written, costs a trial."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    trials = []
+    monkeypatch.setattr(engine_choice, "find_form", lambda *given: trials.append(given) or find_form(*given))
+    data = write_records(tmp_path / "in", make_records("pretrain"))
+
+    def number_of_trials(name: str) -> int:
+        capfd.readouterr()
+        trials.clear()
+        run(PretrainSettings(), data, llama2_tokenizer_dir, tmp_path / name, "tuetoken")
+        assert "(the ids of hf on" in "".join(capfd.readouterr())
+        return len(trials)
+
+    assert [number_of_trials(name) for name in ("a", "b")] == [1, 0]
+    (record,) = (home / "colossal_llama" / "engine_trials").iterdir()
+    passed = json.loads(record.read_text())
+    for damaged in ('{"form": 77', json.dumps({**passed, "form": 77}), json.dumps({**passed, "sha256": "0"})):
+        record.write_text(damaged)
+        assert [number_of_trials(f"{name}{len(damaged)}") for name in ("a", "b")] == [1, 0]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(data / "data.jsonl"))
+    assert number_of_trials("d") == 1
+
+
 def refuse(tokenizer_json: str) -> Any:
     raise BaseException("no such merges")
 
@@ -217,6 +251,12 @@ def test_which_engine_is_tried(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         else:
             assert find_candidate("tuetoken") == "tuetoken"
             assert ("is not tested" in capsys.readouterr().err) == (version == "0.0.1")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engines of these tests pass is remembered for none of the user's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
 
 
 def make_records(kind: str) -> list[dict[str, Any]]:
@@ -282,7 +322,7 @@ def test_equal_bytes_over_engines_and_workers(
     version = 3 if kind == "llama3" else 2
     for name, records, count in (
         ("pretrain", PretrainSettings(), 2),
-        ("colossal", SftSettings(llama_version=version), 1),
+        ("colossal", SftSettings(llama_version=version), 2 if kind == "llama2" else 1),
         ("own", SftSettings(template=kind), 1),
     ):
         data = write_records(tmp_path / name, make_records(name))
