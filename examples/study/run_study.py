@@ -60,7 +60,7 @@ class Scale:
     rates: tuple[float, ...]
 
 
-FULL = Scale(512, 2, 25, 3000, 4096, 16_000, 60_000, 0.05, LOOK_STEPS, RATES)
+FULL = Scale(512, 2, 25, 3000, 4096, 10_000, 50_000, 0.05, LOOK_STEPS, RATES)
 SHORT = Scale(128, 2, 3, 200, 256, 4_000, 8_000, 0.3, 2, RATES[:2])
 SHORT_STEPS, SHORT_ARMS, SHORT_SEEDS = 6, ("extended", "base_vocabulary", "wsd"), [1]
 
