@@ -99,8 +99,10 @@ class _Sections(HTMLParser):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--packages_dir", type=Path, required=True, help="the .deb files; missing ones come by apt"
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--packages_dir", type=Path, help="the .deb files; missing ones come by apt")
+    source.add_argument(
+        "--records_dir", type=Path, help="*.jsonl in place of the packages; a text is a page then"
     )
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="gets LANGUAGE/ and held_out/LANGUAGE/"
@@ -110,11 +112,17 @@ def main() -> None:
         "--languages", nargs="+", choices=tuple(PAGES), default=["zh", "en"], help="default: zh en"
     )
     args = parser.parse_args()
-    fetch(args.packages_dir, args.languages)
+    if args.packages_dir:
+        fetch(args.packages_dir, args.languages)
     for language in args.languages:
         records: dict[bool, list[dict[str, str]]] = {False: [], True: []}
         seen: set[str] = set()
-        for page, record in read_records(args.packages_dir, language):
+        found = (
+            read_records(args.packages_dir, language)
+            if args.packages_dir
+            else read_jsonl(args.records_dir, language)
+        )
+        for page, record in found:
             if record["target"] not in seen:
                 seen.add(record["target"])
                 records[is_held_out(page, args.held_out_share)].append(record)
@@ -156,6 +164,15 @@ def is_translated(text: str, language: str) -> bool:
     if language in SCRIPTS:
         return len(SCRIPTS[language].findall(text)) * 3 >= len(text)
     return language != "de" or len(GERMAN.findall(text)) > len(ENGLISH.findall(text))
+
+
+def read_jsonl(directory: Path, language: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """As `read_records`, of records that are there; those of a language are found by their characters."""
+    for path in sorted(directory.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if bool(SCRIPTS["zh"].search(record["target"])) == (language == "zh"):
+                yield record["target"], record
 
 
 def read_sections(path: Path) -> Iterator[str]:
