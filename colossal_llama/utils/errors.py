@@ -29,6 +29,14 @@ _ENVIRONMENT_ERRNOS = {
     errno.ENFILE,
     errno.ESTALE,
 }
+_FREE_SPACE = "free some space or choose another directory, then run the same command again"
+_RAISE_LIMIT = "raise the limit of open files (ulimit -n)"
+_REMEDIES = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EMFILE: _RAISE_LIMIT,
+    errno.ENFILE: _RAISE_LIMIT,
+}
 
 
 class UserError(Exception):
@@ -105,7 +113,9 @@ def _run(main: Callable[[], int | None]) -> int:
         if error.errno not in _ENVIRONMENT_ERRNOS:
             raise
         # Of two files, the second is the one that was written.
-        print_problems([f"{error.filename2 or error.filename or 'output'}: {error.strerror}"])
+        problem = f"{error.filename2 or error.filename or 'output'}: {error.strerror}"
+        remedy = _REMEDIES.get(error.errno)
+        print_problems([f"{problem}; {remedy}" if remedy else problem])
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -26,7 +26,12 @@ from colossal_llama.utils.errors import UserError, run_command
             2,
             "error: a.jsonl:7: no target\nerror: --lr 0: too small\n",
         ),
-        (OSError(errno.ENOSPC, "No space left on device", "out"), 2, "error: out: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out"),
+            2,
+            "error: out: No space left on device; free some space or choose another directory, "
+            "then run the same command again\n",
+        ),
         (OSError(errno.EIO, "Input/output error", "a", None, "b"), 2, "error: b: Input/output error\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
