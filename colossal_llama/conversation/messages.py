@@ -47,23 +47,19 @@ def parse_messages(
         raise BadRecord(f"'{field}' empty", f"'{field}' is empty")
     parsed = []
     for index, message in enumerate(messages):
+        where = f"{field}[{index}]"
         if not isinstance(message, dict):
-            raise BadRecord(
-                "message not an object", f"{field}[{index}] is {json_type(message)}, not an object"
-            )
+            raise BadRecord("message not an object", f"{where} is {json_type(message)}, not an object")
         try:
             name, content = take_string(message, role_field), take_string(message, content_field)
         except BadRecord as error:
-            raise BadRecord(f"message {error.kind}", f"{field}[{index}]: {error}") from None
+            raise BadRecord(f"message {error.kind}", f"{where}: {error}") from None
         role = roles.get(name)
         if role is None:
             raise BadRecord(
-                "unknown role",
-                f"{field}[{index}]: unknown role {name!r} (choose from {', '.join(roles)})",
+                "unknown role", f"{where}: unknown role {name!r} (choose from {', '.join(roles)})"
             )
         if role == "system" and index > 0:
-            raise BadRecord(
-                "system message inside", f"{field}[{index}]: a system message has to be the first"
-            )
+            raise BadRecord("system message inside", f"{where}: a system message has to be the first")
         parsed.append(Message(role, content))
     return parsed

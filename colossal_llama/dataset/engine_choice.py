@@ -78,13 +78,14 @@ def _find_form(engine: str, found: str, spec: EncoderSpec) -> tuple[str, int]:
     source = Path(spec.tokenizer_json)
     key = f"{engine}-{found}_tokenizers-{version('tokenizers')}_{machine()}_{TRIAL_FORMAT}_{source.stem}"
     record = _cache_dir() / f"{key}.json"
-    with suppress(UserError, OSError, TypeError, KeyError):
+    with suppress(UserError, OSError, TypeError, KeyError):  # a record that is not there, or damaged
         passed = read_json(record)
         path = write_form(engine, spec.tokenizer_json, passed["form"], source.parent)
-        if _digest(path) == passed["sha256"]:
+        if path is not None and _digest(path) == passed["sha256"]:
             return str(path), passed["texts"]
     form, num_texts = find_form(engine, spec.tokenizer_json, source.parent)
     path = write_form(engine, spec.tokenizer_json, form, source.parent)
+    assert path is not None
     with suppress(UserError, OSError):  # where it can't be kept, the next run tries again
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, {"form": form, "sha256": _digest(path), "texts": num_texts})

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from colossal_llama.dataset.statistics import (
     HeldOutCounts,
     draw_lengths,
     format_statistics,
-    import_matplotlib,
     make_statistics,
 )
 from colossal_llama.dataset.tokenizer_copy import TokenizerInfo, load_tokenizer, save_tokenizer
@@ -74,7 +74,8 @@ def prepare(settings: PreparationSettings) -> None:
         shards = make_shards(files)
         run_key = _find_run_key(shards, spec, facts, settings, output, new_rows)
         run_id = claim_output(output, run_key, paths.overwrite)
-        threading.Thread(target=import_matplotlib, daemon=True).start()  # used when the workers are done
+        # For the picture at the end: imported while the workers encode.
+        threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
         encoded = encode_shards(
             workers,
             shards,

@@ -238,21 +238,15 @@ def format_statistics(stats: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def import_matplotlib() -> tuple[Any, Any]:
-    """The two classes that a picture takes: no display is needed, and no state of pyplot's is touched."""
+def draw_lengths(stats: Mapping[str, Any], path: Path) -> None:
+    """Writes a histogram of the lengths of documents (chunks of long ones count by themselves) as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    return Figure, FigureCanvasAgg
-
-
-def draw_lengths(stats: Mapping[str, Any], path: Path) -> None:
-    """Writes a histogram of the lengths of documents (chunks of long ones count by themselves) as PNG."""
-    new_figure, add_canvas = import_matplotlib()
     histogram = stats["piece_lengths"]
     edges, numbers = histogram["edges"], histogram["counts"]
-    figure = new_figure(figsize=(8, 4.5), layout="constrained")
-    add_canvas(figure)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # no display is needed, and no state of pyplot's is touched
     axes = figure.add_subplot()
     axes.bar(edges[:-1], numbers, width=np.diff(edges), align="edge", edgecolor="white", linewidth=0.5)
     axes.set_xlabel("length, in tokens")

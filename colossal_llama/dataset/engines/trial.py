@@ -116,18 +116,19 @@ def compare(engine: CheckedEngine, texts: Iterable[str]) -> int:
     return num_texts
 
 
-def write_form(name: str, tokenizer_json: str, number: int, directory: Path) -> Path:
+def write_form(name: str, tokenizer_json: str, number: int, directory: Path) -> Path | None:
     """The file that an engine reads: the tokenizer's own for form 0, else one that is written for it.
 
-    Raises:
-        KeyError: there is no such form.
+    Returns:
+        None where there is no form of that number.
     """
     path = Path(tokenizer_json)
     if number == 0:
         return path
-    form = next(islice(forms_of(orjson.loads(path.read_bytes())), number - 1, None), None)
-    if form is None:
-        raise KeyError(number)
+    forms = list(forms_of(orjson.loads(path.read_bytes())))
+    if not 0 < number <= len(forms):
+        return None
+    form = forms[number - 1]
     path = directory / f"{path.stem}-{name}.json"
     path.write_bytes(orjson.dumps(form))
     return path
@@ -148,11 +149,11 @@ def find_form(name: str, tokenizer_json: str, directory: Path) -> tuple[int, int
     refusal: Exception | None = None
     furthest: tuple[int, EngineDifference] | None = None
     for number in count():
-        try:
-            path = write_form(name, tokenizer_json, number, directory)
-            engine = CheckedEngine(name, _load(name, str(path)), reference, table, words)
-        except KeyError:
+        path = write_form(name, tokenizer_json, number, directory)
+        if path is None:
             break
+        try:
+            engine = CheckedEngine(name, _load(name, str(path)), reference, table, words)
         except NotForThisTokenizer as error:
             refusal = refusal or error
             continue
