@@ -27,10 +27,19 @@ LR, LR_EMBEDDINGS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, 4e-3, 0.5, 0.25
 # The rest of the 501 rows are those of a source, and padding after the new ones.
 NEW_IDS = range(441, 495)
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+SETS = ("new/text", "old")
 COMMON = [
     *("--lr", LR, "--warmup_steps", WARMUP, "--max_steps", STEPS, "--seed", SEED),
     *("--grad_clip", GRAD_CLIP, "--weight_decay", WEIGHT_DECAY),
 ]
+
+
+def two_sets(inputs: TrainingInputs, directory: Path) -> list[Path]:
+    """Two `arrow/` directories, named `SETS`; the second has fewer rows than an even share asks for."""
+    paths = [directory / name / "arrow" for name in SETS]
+    for path, part in zip(paths, ("part-00000", "part-00001"), strict=True):
+        shutil.copytree(inputs.data / part, path / "part-00000")
+    return paths
 
 
 def extended(inputs: TrainingInputs, directory: Path, tied: bool = False) -> TrainingInputs:

@@ -7,13 +7,12 @@ adaptation asks for at once.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from adaptation_parity import EMBEDDINGS, NEW_IDS, extended, load_weights
+from adaptation_parity import EMBEDDINGS, NEW_IDS, SETS, extended, load_weights, two_sets
 from launch import Run, train
 from test_resume import weights_of
 from training_inputs import MAX_LENGTH, TrainingInputs
@@ -30,7 +29,6 @@ RUN = [
     *("--save_interval", 3, "--eval_interval", 3),
 ]
 RATES = [1e-3 * share for share in (1 / 2, 1, 1, 1 / 2, 1 - 2**-0.5, 1 - 0.75**0.5)]
-SETS = ("new/text", "old")
 FP32 = ["--mixed_precision", "fp32"]
 DDP = ["--plugin", "ddp", *FP32, "--batch_size", 4, "--accumulation_steps", 2]
 # 16 rows a step, as two processes have with DDP.
@@ -62,12 +60,7 @@ def inputs(training_inputs, tmp_path_factory) -> TrainingInputs:
 
 @pytest.fixture(scope="module")
 def sets(training_inputs, tmp_path_factory) -> list[Path]:
-    """Two `arrow/` directories; the second has fewer rows than its share asks for."""
-    directory = tmp_path_factory.mktemp("sets")
-    paths = [directory / name / "arrow" for name in SETS]
-    for path, part in zip(paths, ("part-00000", "part-00001"), strict=True):
-        shutil.copytree(training_inputs.data / part, path / "part-00000")
-    return paths
+    return two_sets(training_inputs, tmp_path_factory.mktemp("sets"))
 
 
 def flags(inputs: TrainingInputs, sets: list[Path]) -> list:

@@ -6,12 +6,11 @@ stage that keeps the optimizer, in another plugin.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from adaptation_parity import EMBEDDINGS, NEW_IDS, extended, load_weights
+from adaptation_parity import EMBEDDINGS, NEW_IDS, SETS, extended, load_weights, two_sets
 from launch import Run, train
 from safetensors import safe_open
 from test_mixtures import assert_figures_add_up, figures
@@ -23,7 +22,6 @@ from training_inputs import MAX_LENGTH, TrainingInputs
 # `test_stages.py`, `test_what_trains.py`, `test_gemini.py`.
 pytestmark = pytest.mark.slow
 
-SETS = ("new/text", "old")
 WIDTH, VOCABULARY = 64, 501
 PLUGINS = ("zero2", "gemini", "gemini_auto")
 NEW_ROWS = ["--freeze_non_embeds_params", "new_rows"]
@@ -39,11 +37,7 @@ def inputs(training_inputs, tmp_path_factory) -> TrainingInputs:
 
 @pytest.fixture(scope="module")
 def sets(training_inputs, tmp_path_factory) -> list[Path]:
-    directory = tmp_path_factory.mktemp("sets")
-    paths = [directory / name / "arrow" for name in SETS]
-    for path, part in zip(paths, ("part-00000", "part-00001"), strict=True):
-        shutil.copytree(training_inputs.data / part, path / "part-00000")
-    return paths
+    return two_sets(training_inputs, tmp_path_factory.mktemp("sets"))
 
 
 def run_stage(
