@@ -26,6 +26,8 @@ set_up_environment() {
     else
         target=.${extra:+[$extra]}
         echo "Environment: pip install -e '$target' (the first time this takes minutes: PyTorch is large)"
+        # Debian 12's pip 23.0 tries versions of [test] for more than ten minutes. An environment of the user's stays as it is.
+        [[ $environment != "$clone/.venv" ]] || python -m pip install --quiet 'pip>=23.2' </dev/null || return
         (cd "$clone" && python -m pip install --quiet -e "$target" </dev/null) || {
             echo "error: pip could not install the requirements into $environment; its messages are above" >&2
             return 1
