@@ -316,7 +316,7 @@ def _cpu_of_children() -> float:
 def _watch_memory(process: subprocess.Popen, run: Run) -> None:
     while process.poll() is None:
         total = 0
-        for process_id in [process.pid, *_children(process.pid)]:
+        for process_id in _process_tree(process.pid):
             resident, proportional = _read_memory(process_id)
             total += proportional
             if process_id == process.pid:
@@ -327,12 +327,13 @@ def _watch_memory(process: subprocess.Popen, run: Run) -> None:
         time.sleep(0.1)
 
 
-def _children(process_id: int) -> list[int]:
-    try:
-        names = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
-    except OSError:
-        return []
-    return [int(name) for name in names]
+def _process_tree(process_id: int) -> Iterator[int]:
+    """A process and all that it or they started."""
+    yield process_id
+    for path in Path(f"/proc/{process_id}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for name in path.read_text().split():
+                yield from _process_tree(int(name))
 
 
 def _read_memory(process_id: int) -> tuple[int, int]:

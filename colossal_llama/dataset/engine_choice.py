@@ -6,12 +6,12 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from platform import machine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from colossal_llama.dataset.engines.trial import TRIAL_FORMAT, find_form, write_
 from colossal_llama.utils.console import log, warn
 from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from colossal_llama.dataset.workers import Workers
 
 SAMPLED_SHARDS = 32
 SAMPLED_RECORDS = 16  # of each
@@ -53,8 +56,35 @@ def packages_of(engine: str) -> list[str]:
     return [engine] if engine in TESTED_VERSIONS else []
 
 
-def settle_engine(engine: str, spec: EncoderSpec, shards: Sequence[Shard]) -> EncoderSpec:
-    """The spec with this engine, or with the reference where a trial finds other ids; the log says which."""
+@dataclass(frozen=True)
+class Trial:
+    """A trial that an engine passed: the file that it reads, and on how many texts it made the same ids."""
+
+    engine_json: str
+    num_texts: int
+
+
+def recall_trial(engine: str, tokenizer_json: str) -> Trial | None:
+    """The trial that this engine passed in an earlier run, for the same tokenizer and versions."""
+    if engine == REFERENCE:
+        return None
+    with suppress(UserError, OSError, TypeError, KeyError):  # a record that is not there, or damaged
+        passed = read_json(_record_path(engine, tokenizer_json))
+        path = write_form(engine, tokenizer_json, passed["form"], Path(tokenizer_json).parent)
+        if path is not None and _digest(path) == passed["sha256"]:
+            return Trial(str(path), passed["texts"])
+    return None
+
+
+def settle_engine(
+    engine: str, spec: EncoderSpec, shards: Sequence[Shard], workers: Workers, trial: Trial | None = None
+) -> EncoderSpec:
+    """The spec with this engine, or with the reference where a trial finds other ids; the log says which.
+
+    Args:
+        workers: one of them, which has loaded both, compares a sample of the input.
+        trial: that of an earlier run, which is not repeated.
+    """
     if engine == REFERENCE:
         return spec
     if not find_encoder(spec.kind).uses_engine:
@@ -63,33 +93,35 @@ def settle_engine(engine: str, spec: EncoderSpec, shards: Sequence[Shard]) -> En
     found = installed_version(engine) or ""
     name = f"{engine} {found}".strip()
     try:
-        path, num_texts = _find_form(engine, found, spec)
-        fast = replace(spec, engine=engine, engine_version=found, engine_json=path)
-        num_records = _compare_sample(fast, spec, shards)
+        trial = trial or _try_engine(engine, spec.tokenizer_json)
+        fast = replace(spec, engine=engine, engine_version=found, engine_json=trial.engine_json)
+        sample = Sample(fast, tuple(shards[:: max(-(-len(shards) // SAMPLED_SHARDS), 1)]))
+        ((_, (num_records, difference)),) = workers.run(compare_sample, [sample])
     except (EngineDifference, NotForThisTokenizer) as error:
-        warn(f"{engine} is not used for this tokenizer, hf is: {error}")
+        difference = str(error)
+    if difference:
+        warn(f"{engine} is not used for this tokenizer, hf is: {difference}")
         return spec
-    log(f"Tokenizer engine: {name} (the ids of hf on {num_texts:,} texts and {num_records:,} records)")
+    log(f"Tokenizer engine: {name} (the ids of hf on {trial.num_texts:,} texts and {num_records:,} records)")
     return fast
 
 
-def _find_form(engine: str, found: str, spec: EncoderSpec) -> tuple[str, int]:
-    """As `find_form`; a trial that was passed once is not repeated for the same tokenizer and versions."""
-    source = Path(spec.tokenizer_json)
-    key = f"{engine}-{found}_tokenizers-{version('tokenizers')}_{machine()}_{TRIAL_FORMAT}_{source.stem}"
-    record = _cache_dir() / f"{key}.json"
-    with suppress(UserError, OSError, TypeError, KeyError):  # a record that is not there, or damaged
-        passed = read_json(record)
-        path = write_form(engine, spec.tokenizer_json, passed["form"], source.parent)
-        if path is not None and _digest(path) == passed["sha256"]:
-            return str(path), passed["texts"]
-    form, num_texts = find_form(engine, spec.tokenizer_json, source.parent)
-    path = write_form(engine, spec.tokenizer_json, form, source.parent)
+def _try_engine(engine: str, tokenizer_json: str) -> Trial:
+    """As `find_form`; a trial that was passed is recorded for later runs."""
+    directory = Path(tokenizer_json).parent
+    form, num_texts = find_form(engine, tokenizer_json, directory)
+    path = write_form(engine, tokenizer_json, form, directory)
     assert path is not None
     with suppress(UserError, OSError):  # where it can't be kept, the next run tries again
+        record = _record_path(engine, tokenizer_json)
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, {"form": form, "sha256": _digest(path), "texts": num_texts})
-    return str(path), num_texts
+    return Trial(str(path), num_texts)
+
+
+def _record_path(engine: str, tokenizer_json: str) -> Path:
+    versions = f"{engine}-{installed_version(engine) or ''}_tokenizers-{version('tokenizers')}_{machine()}"
+    return _cache_dir() / f"{versions}_{TRIAL_FORMAT}_{Path(tokenizer_json).stem}.json"
 
 
 def _cache_dir() -> Path:
@@ -103,22 +135,33 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _compare_sample(fast: EncoderSpec, slow: EncoderSpec, shards: Sequence[Shard]) -> int:
-    """Encodes some of the input with both; returns the number of records."""
-    encoder = find_encoder(fast.kind)
-    ours, theirs = encoder(fast), encoder(slow)
+@dataclass(frozen=True)
+class Sample:
+    """Shards of which some records are encoded with an engine and with the reference."""
+
+    spec: EncoderSpec
+    shards: tuple[Shard, ...]
+
+
+def compare_sample(sample: Sample) -> tuple[int, str]:
+    """The number of records that were compared, and the difference that was found, "" for none."""
+    encoder = find_encoder(sample.spec.kind)
+    reference = replace(sample.spec, engine=REFERENCE, engine_version="", engine_json="")
     num_records = num_characters = 0
-    step = -(-len(shards) // SAMPLED_SHARDS)
-    for shard in shards[:: max(step, 1)]:
-        # What is wrong with the input is said when it is encoded.
-        with suppress(UserError):
-            for record in islice(_read_good(shard, ours), SAMPLED_RECORDS):
-                num_records += 1
-                num_characters += record.num_characters
-                _compare_record(fast.engine, record, ours, theirs)
-                if num_characters >= SAMPLED_CHARACTERS:
-                    return num_records
-    return num_records
+    try:
+        ours, theirs = encoder(sample.spec), encoder(reference)
+        for shard in sample.shards:
+            # What is wrong with the input is said when it is encoded.
+            with suppress(UserError):
+                for record in islice(_read_good(shard, ours), SAMPLED_RECORDS):
+                    num_records += 1
+                    num_characters += record.num_characters
+                    _compare_record(sample.spec.engine, record, ours, theirs)
+                    if num_characters >= SAMPLED_CHARACTERS:
+                        return num_records, ""
+    except (EngineDifference, NotForThisTokenizer) as error:
+        return num_records, str(error)
+    return num_records, ""
 
 
 def _read_good(shard: Shard, encoder: RecordEncoder) -> Iterator[Any]:

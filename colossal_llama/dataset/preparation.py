@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama.corpus.jsonl import Shard, find_input_files, make_shards
 from colossal_llama.dataset.bin_stage import BinRun, WrittenBins, write_bins
@@ -26,7 +26,8 @@ from colossal_llama.dataset.bins import part_name, write_bin
 from colossal_llama.dataset.encode_stage import EncodedShards, check_bad_records, encode_shards
 from colossal_llama.dataset.encoders import find_encoder
 from colossal_llama.dataset.encoders.base import EncoderSpec
-from colossal_llama.dataset.engine_choice import find_candidate, packages_of, settle_engine
+from colossal_llama.dataset.engine_choice import find_candidate, packages_of, recall_trial, settle_engine
+from colossal_llama.dataset.engines import REFERENCE, preload_engine
 from colossal_llama.dataset.output import OutputPaths, claim_output
 from colossal_llama.dataset.piece_counts import read_piece_counts, summarise_counts
 from colossal_llama.dataset.preview import Preview
@@ -38,11 +39,22 @@ from colossal_llama.dataset.statistics import (
     format_statistics,
     make_statistics,
 )
-from colossal_llama.dataset.tokenizer_copy import TokenizerInfo, load_tokenizer, save_tokenizer
-from colossal_llama.dataset.workers import open_workers
+from colossal_llama.dataset.tokenizer_copy import (
+    SpecialTokens,
+    TokenizerInfo,
+    describe_tokenizer,
+    find_merged_tokens,
+    load_tokenizer,
+    save_tokenizer,
+)
+from colossal_llama.dataset.workers import Workers, open_workers
 from colossal_llama.tokenizer.new_rows import find_new_rows
 from colossal_llama.utils.console import log
+from colossal_llama.utils.errors import UserError
 from colossal_llama.utils.files import locked_directory, with_filename_in_errors, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def prepare(settings: PreparationSettings) -> None:
@@ -68,7 +80,13 @@ def prepare(settings: PreparationSettings) -> None:
             [file for directory in files for file in directory],
             packages_of(engine),
         )
-        spec, tokenizer = _make_spec(settings, output)
+        loaded = load_tokenizer(paths.tokenizer_dir)
+        spec = _make_spec(settings, output, loaded)
+        trial = recall_trial(engine, spec.tokenizer_json)
+        known = (engine, trial.engine_json) if trial else (REFERENCE, "")
+        workers.preload(preload_engine, known[0], spec.tokenizer_json, known[1])
+        tokenizer = describe_tokenizer(loaded, Path(spec.tokenizer_json))
+        _check_special_tokens(workers, loaded, tokenizer)
         new_rows = find_new_rows(paths.tokenizer_dir)
         facts = _facts(settings, tokenizer)
         shards = make_shards(files)
@@ -79,7 +97,7 @@ def prepare(settings: PreparationSettings) -> None:
         encoded = encode_shards(
             workers,
             shards,
-            settle_engine(engine, spec, shards),
+            settle_engine(engine, spec, shards, workers, trial),
             output.cache_dir / "shards",
             settings.skip_bad_records,
             rows.held_out_share,
@@ -119,13 +137,25 @@ def _output_dirs(output: OutputPaths, held_out_share: float) -> list[Path]:
     return [output.cache_dir, output.jsonl_dir, output.arrow_dir, *held_out]
 
 
-def _make_spec(settings: PreparationSettings, output: OutputPaths) -> tuple[EncoderSpec, TokenizerInfo]:
+def _make_spec(
+    settings: PreparationSettings, output: OutputPaths, tokenizer: PreTrainedTokenizerFast
+) -> EncoderSpec:
     """How records are encoded, with the tokenizer's copy for the workers."""
-    tokenizer = load_tokenizer(settings.paths.tokenizer_dir)
     encoder = find_encoder(settings.records.encoder)
     spec = encoder.make_spec(tokenizer, settings.records, settings.rows.max_length)
-    info = save_tokenizer(tokenizer, output.cache_dir, spec.engine, spec.follows_special_tokens)
-    return replace(spec, tokenizer_json=str(info.json_path)), info
+    path = save_tokenizer(tokenizer, output.cache_dir, spec.follows_special_tokens)
+    return replace(spec, tokenizer_json=str(path))
+
+
+def _check_special_tokens(workers: Workers, tokenizer: PreTrainedTokenizerFast, info: TokenizerInfo) -> None:
+    """Raises `UserError` where plain text could become a special token."""
+    special = SpecialTokens.of_tokenizer(tokenizer, info.json_path)
+    for _, merged in workers.run(find_merged_tokens, [special]):
+        for token_id, content in merged:
+            raise UserError(
+                f"{tokenizer.name_or_path}: the merges of this tokenizer turn the plain text {content} "
+                f"into the special token {token_id}; use a tokenizer that keeps them apart"
+            )
 
 
 def _facts(settings: PreparationSettings, tokenizer: TokenizerInfo) -> dict[str, Any]:

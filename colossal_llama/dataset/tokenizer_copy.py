@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colossal_llama.conversation.stretches import follow_special_tokens
-from colossal_llama.dataset.engines import load_engine
+from colossal_llama.dataset.engines import load_reference
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 from colossal_llama.tokenizer.tokenizer_files import check_settings
 from colossal_llama.utils.errors import UserError
@@ -51,15 +51,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(
-    tokenizer: PreTrainedTokenizerFast,
-    cache_dir: Path,
-    engine_name: str,
-    follows_special_tokens: bool = False,
-) -> TokenizerInfo:
+    tokenizer: PreTrainedTokenizerFast, cache_dir: Path, follows_special_tokens: bool = False
+) -> Path:
     """Serialises the Rust tokenizer for the workers, under a name that stands for its content.
 
     Args:
         follows_special_tokens: whether every text that is encoded stands behind a special token.
+
+    Returns:
+        The absolute path.
     """
     directory = cache_dir / "tokenizer"
     directory.mkdir(parents=True, exist_ok=True)
@@ -72,13 +72,30 @@ def save_tokenizer(
             other.unlink()
     with with_filename_in_errors(path):
         path.write_text(text, encoding="utf-8")
-    engine = load_engine(engine_name, str(path))
-    for token_id, token in tokenizer.added_tokens_decoder.items():
-        text = f"{token.content} a{token.content}"
-        is_unknown = token_id == tokenizer.unk_token_id  # may stand for any character
-        if token.special and not is_unknown and token_id in next(iter(engine.encode([text]))):
-            raise UserError(
-                f"{tokenizer.name_or_path}: the merges of this tokenizer turn the plain text {token.content} "
-                f"into the special token {token_id}; use a tokenizer that keeps them apart"
-            )
-    return TokenizerInfo(path.absolute(), tokenizer_fingerprint(tokenizer), len(tokenizer))
+    return path.absolute()
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> TokenizerInfo:
+    """What the bins say about the tokenizer that `save_tokenizer` wrote there."""
+    return TokenizerInfo(path, tokenizer_fingerprint(tokenizer), len(tokenizer))
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Those of a tokenizer: (id, content), without the unknown token, which may stand for any character."""
+
+    tokenizer_json: str
+    tokens: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: PreTrainedTokenizerFast, path: Path) -> SpecialTokens:
+        found = tokenizer.added_tokens_decoder.items()
+        special = [(token_id, token.content) for token_id, token in found if token.special]
+        return cls(str(path), tuple(token for token in special if token[0] != tokenizer.unk_token_id))
+
+
+def find_merged_tokens(special: SpecialTokens) -> list[tuple[int, str]]:
+    """The special tokens that plain text becomes, by merges alone."""
+    engine = load_reference(special.tokenizer_json)
+    encoded = engine.encode([f"{content} a{content}" for _, content in special.tokens])
+    return [token for token, ids in zip(special.tokens, encoded, strict=True) if token[0] in ids]

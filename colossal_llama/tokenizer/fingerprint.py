@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits over every (token, id) pair, added tokens included, and the ids of BOS and EOS."""
-    digest = hashlib.sha256()
-    for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
-        digest.update(f"{token_id}\0{token}\n".encode("utf-8", "surrogatepass"))
-    digest.update(f"{tokenizer.bos_token_id} {tokenizer.eos_token_id}".encode())
-    return digest.hexdigest()[:16]
+    vocabulary = tokenizer.get_vocab()
+    pairs = sorted(zip(vocabulary.values(), vocabulary.keys(), strict=True))
+    lines = [f"{token_id}\0{token}\n" for token_id, token in pairs]
+    lines.append(f"{tokenizer.bos_token_id} {tokenizer.eos_token_id}")
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -202,6 +202,12 @@ def test_killed_at_random_moments_and_started_again(
     assert read_bytes(out) == read_bytes(tmp_path / "whole")
 
 
+def children_of(pid: int | str) -> list[str]:
+    return [
+        child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
+    ]
+
+
 def test_workers_end_with_their_parent_and_a_second_run_is_refused(
     root: Path, pretrain_dir: Path, tmp_path: Path, llama2_tokenizer_dir: Path
 ) -> None:
@@ -216,10 +222,13 @@ def test_workers_end_with_their_parent_and_a_second_run_is_refused(
     workers: list[str] = []
     while process.poll() is None and len(workers) < 2:
         time.sleep(0.02)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        workers = [
-            child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        # The server's, from which workers are forked; all of the main process's threads may have started it.
+        servers = [
+            child
+            for child in children_of(process.pid)
+            if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()
         ]
+        workers = [worker for server in servers for worker in children_of(server)]
     os.kill(process.pid, signal.SIGSTOP)  # so that it can't finish while the second one starts
     try:
         second = run(root, PRETRAIN, **flags)

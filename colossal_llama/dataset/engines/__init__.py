@@ -35,26 +35,32 @@ def installed_version(name: str) -> str | None:
 
 
 def load_reference(tokenizer_json: str) -> TextEncoder:
-    """The reference for the tokenizer in a file; a process loads a file once."""
-    status = os.stat(tokenizer_json)
-    return _load_reference(tokenizer_json, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=1)
-def _load_reference(tokenizer_json: str, mtime_ns: int, size: int) -> TextEncoder:
-    return look_up(ENGINES, REFERENCE)(tokenizer_json)
+    """The reference for the tokenizer in a file."""
+    return load_engine(REFERENCE, tokenizer_json)
 
 
 def load_engine(name: str, tokenizer_json: str, engine_json: str = "") -> TextEncoder:
-    """The engine of this name for the tokenizer in a file, checked while it works.
+    """The engine of this name for the tokenizer in a file, checked while it works; loaded once a process.
 
     Args:
         engine_json: the same tokenizer as the engine reads it; "" for the same file.
     """
-    reference = load_reference(tokenizer_json)
+    files = [tokenizer_json, engine_json or tokenizer_json]
+    return _load_engine(name, *files, tuple((s.st_mtime_ns, s.st_size) for s in map(os.stat, files)))
+
+
+def preload_engine(name: str, tokenizer_json: str, engine_json: str) -> None:
+    """Loads what `load_engine` will be asked for, without starting a thread."""
+    load_engine(name, tokenizer_json, engine_json)
+
+
+@lru_cache(maxsize=2)  # the reference, and an engine beside it
+def _load_engine(
+    name: str, tokenizer_json: str, engine_json: str, versions: tuple[tuple[int, int], ...]
+) -> TextEncoder:
     if name == REFERENCE:
-        return reference
+        return look_up(ENGINES, REFERENCE)(tokenizer_json)
     from colossal_llama.dataset.engines.checked import CheckedEngine
 
-    engine = look_up(ENGINES, name)(engine_json or tokenizer_json)
-    return CheckedEngine.of_file(name, engine, reference, tokenizer_json)
+    engine = look_up(ENGINES, name)(engine_json)
+    return CheckedEngine.of_file(name, engine, load_reference(tokenizer_json), tokenizer_json)

@@ -31,6 +31,12 @@ class Workers(Protocol):
     ) -> None:
         """Makes sure that every worker sees these and has these packages too; raises `UserError`."""
 
+    def preload(self, function: Callable[..., None], *arguments: str) -> None:
+        """Has this called where workers can share what it loads, while this process goes on; at most once.
+
+        It must start no threads, and its errors are ignored: tasks load what is not there.
+        """
+
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[int, Result]]:
         """Yields `(index of the task, function(task))` as they finish, in any order.
 

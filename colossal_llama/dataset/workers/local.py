@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from colossal_llama.corpus.storage import InputFile
+from colossal_llama.dataset import preloading
 from colossal_llama.dataset.workers.node_check import remove_token_files
 from colossal_llama.utils.errors import UserError
 
@@ -23,6 +28,8 @@ Result = TypeVar("Result")
 
 class LocalWorkers:
     """Processes of this machine; one worker is this process itself.
+
+    Workers are forked from a server, a process of one thread: what it has loaded, they share.
 
     Args:
         num_workers: number of processes.
@@ -34,26 +41,58 @@ class LocalWorkers:
         self.num_workers = num_workers
         self.functions = tuple(functions)
         self._pool: ProcessPoolExecutor | None = None
+        self._starter = threading.Thread()
 
     def __enter__(self) -> LocalWorkers:
         # Parallelism is by process: threads inside each would only get in each other's way.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        if self.num_workers > 1:
-            # fork would copy the locks of the threads that libraries have started here.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (self.functions,))
-            # Ctrl-C reaches workers too. They inherit that it waits, also while they are still starting.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            try:
-                for _ in range(self.num_workers):
-                    self._pool.submit(_do_nothing)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         if self._pool is not None:
+            self._starter.join()
             self._pool.shutdown(wait=True, cancel_futures=True)
+            # The next ones are forked from a server of their own, with other things loaded.
+            multiprocessing.forkserver._forkserver._stop()
+
+    def preload(self, function: Callable[..., None], *arguments: str) -> None:
+        """See `Workers.preload`."""
+        self._start(
+            {preloading.VARIABLE: json.dumps([function.__module__, function.__qualname__, *arguments])}
+        )
+
+    def _start(self, environment: dict[str, str]) -> None:
+        """Starts the server with this in its environment, and a thread that has the workers forked."""
+        if self.num_workers == 1 or self._pool is not None:
+            return
+        # Not forked from this process: that would copy the locks of the threads that libraries started here.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([preloading.__name__])
+        self._pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (self.functions,))
+        # Ctrl-C reaches all of them. They inherit that it waits, also while they are still starting.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        # Until it forks, the server finds modules by its environment alone.
+        environment = {**environment, "PYTHONPATH": os.pathsep.join(sys.path)}
+        inherited = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        try:
+            multiprocessing.forkserver.ensure_running()
+            self._starter = threading.Thread(target=self._start_workers, daemon=True)
+            self._starter.start()
+        finally:
+            for name, value in inherited.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _start_workers(self) -> None:
+        """Waits until the server is ready; `run` meets what goes wrong here once more."""
+        assert self._pool is not None
+        with contextlib.suppress(Exception):
+            for _ in range(self.num_workers):
+                self._pool.submit(_do_nothing)
 
     def check_storage(
         self, output_dirs: Sequence[Path], files: Sequence[InputFile], packages: Sequence[str] = ()
@@ -66,10 +105,12 @@ class LocalWorkers:
 
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[int, Result]]:
         """See `Workers.run`."""
+        self._start({})
         if self._pool is None:
             for index, task in enumerate(tasks):
                 yield index, function(task)
             return
+        self._starter.join()
         waiting = iter(enumerate(tasks))
         running: dict[Future[Result], int] = {}
         try:

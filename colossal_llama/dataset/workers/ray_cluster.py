@@ -106,6 +106,9 @@ class RayWorkers:
         if problems:
             raise UserError([f"--ray_address {self.address}: {problem}" for problem in sorted(problems)])
 
+    def preload(self, function: Callable[..., None], *arguments: str) -> None:
+        """Nothing: Ray starts its workers by itself."""
+
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[int, Result]]:
         """See `Workers.run`."""
         import ray

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -394,3 +397,19 @@ def test_ids_are_compared_whatever_holds_them() -> None:
     raise_difference("x", "t", np.array([1, 2]), [1, 2])
     with pytest.raises(EngineDifference, match="token 1 is none and 2"):
         raise_difference("x", "t", np.array([1]), [1, 2])
+
+
+@pytest.mark.parametrize("engine", ["hf", pytest.param("tuetoken", marks=needs_tuetoken)])
+def test_loading_an_engine_starts_no_thread(llama3_tokenizer_dir: Path, engine: str) -> None:
+    """Workers are forked from the process that has loaded it."""
+    code = (
+        "import os, sys\n"
+        "from colossal_llama.dataset.engines import preload_engine\n"
+        "preload_engine(*sys.argv[1:], '')\n"
+        "print(len(os.listdir('/proc/self/task')))\n"
+    )
+    path = llama3_tokenizer_dir / "tokenizer.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # numpy's threads can be forked
+    command = [sys.executable, "-c", code, engine, str(path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "1\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.forkserver
 import os
 import signal
 
@@ -18,6 +19,17 @@ def square(number: int) -> int:
 def die(number: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+LOADED: list[int] = []
+
+
+def load(number: str) -> None:
+    LOADED.append(int(number))
+
+
+def loaded(_: int) -> list[int]:
+    return LOADED
 
 
 def complain(number: int) -> int:
@@ -53,6 +65,28 @@ def test_ctrl_c_does_not_reach_workers() -> None:
     with LocalWorkers(2, [blocked_signals]) as workers:
         assert all(signal.SIGINT in found for _, found in workers.run(blocked_signals, range(4)))
     assert signal.SIGINT not in blocked_signals(0)
+
+
+def test_workers_share_what_was_loaded_before_they_were_forked() -> None:
+    for number in (5, 6):  # the second ones are forked from another server
+        with LocalWorkers(2, [loaded]) as workers:
+            workers.preload(load, str(number))
+            assert list(workers.run(loaded, [0, 0, 0])) != []
+            assert all(found == [number] for _, found in workers.run(loaded, range(4)))
+    assert LOADED == []
+    assert not [name for name in os.environ if "PRELOAD" in name]
+
+
+def test_what_can_not_be_loaded_early_is_left_to_the_tasks() -> None:
+    with LocalWorkers(2, [square]) as workers:
+        workers.preload(load, "no number")
+        assert sorted(workers.run(square, range(4))) == [(i, i * i) for i in range(4)]
+
+
+def test_workers_that_are_not_needed_end_at_once() -> None:
+    with LocalWorkers(2, [loaded]) as workers:
+        workers.preload(load, "5")
+    assert multiprocessing.forkserver._forkserver._forkserver_pid is None
 
 
 def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
