@@ -423,7 +423,7 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
             speed.append([kind, engine, num_tokens, *figures])
             memory.append(_memory_line(f"{kind} {args.size_mb} MB, {engine}", run))
             report_preparation(kind, engine, args, our_speed, our_speed / bare_speed, 100 * fill)
-            report_memory(kind, args.size_mb, args.num_workers, run)
+            report_memory(kind, args.size_mb, args, run)
         sizes = [10] * args.memory + [1000] * (args.large and kind == "pretrain")
         for size in sizes:
             sized_dir = work_dir / f"{kind}-{size}mb"
@@ -431,7 +431,7 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
                 make_corpus(sized_dir, kind, size, args.source_share)
             run, _ = prepare(kind, sized_dir, tokenizer_dir, args, work_dir / "out")
             memory.append(_memory_line(f"{kind} {size} MB", run))
-            report_memory(kind, size, args.num_workers, run)
+            report_memory(kind, size, args, run)
     log(
         format_table(
             ["", "engine", "tokens", "bare tokens/s", "ours, end to end", "ratio", "CPU ratio", "fill"], speed
@@ -477,7 +477,7 @@ def benchmark_ray(data_dir: Path, tokenizer_dir: Path, args: Namespace, work_dir
 def report_preparation(
     kind: str, engine: str, args: Namespace, speed: float, ratio: float, fill: float
 ) -> None:
-    name = f"prepare_{kind}_dataset.py, {engine}, {args.size_mb} MB, {args.num_workers} workers"
+    name = f"{_describe(kind, args, args.size_mb)}, {engine}"
     report(f"{name}: speed", speed / 1e6, "M tokens/s", note=f"fastest of {args.repeats}")
     promise = f"prepare_{kind}.{'speed' if engine == REFERENCE else engine}"
     report(f"{name}: against the bare tokenizer", ratio, "×", promise=promise)
@@ -485,14 +485,19 @@ def report_preparation(
         report(f"{name}: rows full", fill, "%", promise="prepare.fill", note="each bin's last row left out")
 
 
-def report_memory(kind: str, size: int, num_workers: int, run: Run) -> None:
+def report_memory(kind: str, size: int, args: Namespace, run: Run) -> None:
     report(
-        f"prepare_{kind}_dataset.py, {size} MB, {num_workers} workers: peak memory of all processes",
+        f"{_describe(kind, args, size)}: peak memory of all processes",
         run.peak_all / 1e9,
         "GB",
         promise="prepare.memory",
-        num_workers=num_workers,
+        num_workers=args.num_workers,
     )
+
+
+def _describe(kind: str, args: Namespace, size: int) -> str:
+    pieces = f", {args.vocab_size:,} byte-level pieces" if args.byte_level else ""
+    return f"prepare_{kind}_dataset.py, {size} MB, {args.num_workers} workers{pieces}"
 
 
 def _memory_line(name: str, run: Run) -> list:

@@ -25,8 +25,8 @@ while (($#)); do
 done
 
 names=(
-    init_tokenizer init_model prepare_dataset prepare_peer packing_peer train_step checkpoint sft_padding start_up
-    scaling gpu
+    init_tokenizer init_model prepare_dataset prepare_byte_level prepare_peer packing_peer train_step checkpoint
+    sft_padding start_up scaling gpu
 )
 for name in "${only[@]}"; do
     if [[ " ${names[*]} " != *" $name "* ]]; then
@@ -62,6 +62,8 @@ if [[ $toy ]]; then
     measure init_model 1 init_model.py --num_layers 1 --hidden_size 64 --num_texts 500 --source_rows 1000 \
         --new_rows 500 --repeats 1
     measure prepare_dataset 1 prepare_dataset.py --size_mb 1 --vocab_size 8000 --max_length 256 --no-memory
+    measure prepare_byte_level 1 prepare_dataset.py --size_mb 1 --byte_level --vocab_size 8000 --max_length 256 \
+        --no-memory --no-ray
     measure prepare_peer 1 prepare_peer.py --size_mb 1 --vocab_size 8000 --max_length 256 --repeats 1
     measure packing_peer 1 packing_peer.py --num_documents 500 --max_length 512 --repeats 1
     measure train_step 1 train_step.py --pairs 1 --warmup 1 --max_length 32 --hidden_size 32 --num_layers 1 \
@@ -76,6 +78,8 @@ else
     measure init_tokenizer 1 init_tokenizer.py
     measure init_model 1 init_model.py --repeats 3
     measure prepare_dataset 1 prepare_dataset.py --size_mb 100 --repeats 3 --large
+    measure prepare_byte_level 1 prepare_dataset.py --size_mb 100 --repeats 3 --byte_level --vocab_size 128000 \
+        --no-memory --no-ray
     measure prepare_peer 1 prepare_peer.py
     measure packing_peer 1 packing_peer.py
     measure train_step "$cores" train_step.py

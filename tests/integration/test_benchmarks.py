@@ -16,6 +16,7 @@ ALL = [
         "init_tokenizer",
         "init_model",
         "prepare_dataset",
+        "prepare_byte_level",
         "prepare_peer",
         "packing_peer",
         "train_step",
