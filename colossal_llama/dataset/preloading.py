@@ -7,6 +7,7 @@ The variable holds a JSON list: module, function, arguments. The server must sta
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ def _preload() -> None:
     # A worker that needs it meets the same error, and can tell the user.
     with contextlib.suppress(Exception):
         getattr(importlib.import_module(module), name)(*arguments)
+    gc.freeze()  # collections in the workers need not look at it, nor copy its pages
 
 
 if VARIABLE in os.environ:

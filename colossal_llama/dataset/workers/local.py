@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -21,6 +22,8 @@ from colossal_llama.corpus.storage import InputFile
 from colossal_llama.dataset import preloading
 from colossal_llama.dataset.workers.node_check import remove_token_files
 from colossal_llama.utils.errors import UserError
+
+GC_THRESHOLD = 100_000  # objects, see `gc`
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -131,6 +134,8 @@ class LocalWorkers:
 
 def _start_worker(functions: Sequence[Callable]) -> None:
     """Runs first in every worker; that `functions` arrived here means that their modules are imported."""
+    # Records are many small objects without cycles: a tenth of the time went into looking for some.
+    gc.set_threshold(GC_THRESHOLD)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the workers
     parent = multiprocessing.parent_process()
     assert parent is not None
