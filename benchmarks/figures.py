@@ -63,6 +63,7 @@ PROMISES = {
     "prepare_sft.speed": _at_least("at least 0.4 × the bare tokenizer", 0.4),
     "prepare_pretrain.tuetoken": _at_least("at least 1.2 × the bare tokenizer", 1.2),
     "prepare_sft.tuetoken": _at_least("at least 0.9 × the bare tokenizer", 0.9),
+    "prepare_sft.chat_template": _at_least("at least 0.3 × the bare tokenizer", 0.3),
     "prepare.fill": _at_least("at least 99.5 %", 99.5),
     "prepare.memory": _PREPARATION_MEMORY,
     "train_step.ratio": _at_most("at most 1.03 × a bare loop", 1.03),

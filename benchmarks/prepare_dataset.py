@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SYLLABLES = [consonant + vowel for consonant in "bdfghklmnprst" for vowel in "aeio"]
 ENDINGS = ["", "", "n", "s", "t", "r", "ing", "ed", "ly", "tion"]
 MEGABYTE = 1 << 20
+CHAT_TEMPLATE = "--chat_template"  # beside the engines: `tokenizers` writes and encodes what Jinja makes
 
 
 @dataclass
@@ -360,13 +361,28 @@ def prepare(
     arguments = ["--data_input_dirs", str(data_dir), "--tokenizer_dir", str(tokenizer_dir)]
     arguments += ["--data_output_dirs", str(output), "--max_length", str(args.max_length)]
     arguments += ["--num_workers", str(args.num_workers), "--ray_address", ray_address]
-    arguments += ["--tokenizer_engine", engine]
-    if kind == "sft":
-        arguments += ["--llama_version", _find_version(tokenizer_dir)]
+    if engine == CHAT_TEMPLATE:
+        arguments += ["--chat_template"]
+    else:
+        arguments += ["--tokenizer_engine", engine]
+        if kind == "sft":
+            arguments += ["--llama_version", _find_version(tokenizer_dir)]
     run = run_script(f"prepare_{kind}_dataset.py", arguments)
     stats = json.loads((output / "stats.json").read_text())
     shutil.rmtree(output)
     return run, stats
+
+
+def add_chat_template(tokenizer_dir: Path, directory: Path) -> Path:
+    """A copy of the tokenizer that has the default template as a Jinja text of its own."""
+    from transformers import AutoTokenizer
+
+    from colossal_llama.conversation import find_template
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.chat_template = find_template("colossal").of_tokenizer(tokenizer).chat_template()
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def _find_version(tokenizer_dir: Path) -> str:
@@ -394,13 +410,19 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
             make_corpus(data_dir, kind, args.size_mb, args.source_share)
         texts = read_texts(data_dir, kind, args.size_mb)
         engines = [engine for engine in ENGINES if engine == REFERENCE or installed_version(engine)]
-        bare, plain, runs_of = [], [], {engine: [] for engine in engines}
+        tokenizers_of = dict.fromkeys(engines, tokenizer_dir)
+        if kind == "sft":
+            tokenizers_of[CHAT_TEMPLATE] = add_chat_template(
+                tokenizer_dir, work_dir / "tokenizer_with_template"
+            )
+        bare, plain, runs_of = [], [], {engine: [] for engine in tokenizers_of}
         for _ in range(args.repeats):  # in turns, so that a busy machine slows all
             bare.append(measure_bare_tokenizer(tokenizer_dir, texts, args.num_workers))
             if "tuetoken" in engines:
                 plain.append(measure_plain_program(tokenizer_dir, data_dir, args.num_workers, work_dir))
             for engine, runs in runs_of.items():
-                runs.append(prepare(kind, data_dir, tokenizer_dir, args, work_dir / "out", engine=engine))
+                output = work_dir / "out"
+                runs.append(prepare(kind, data_dir, tokenizers_of[engine], args, output, engine=engine))
         seconds, _, num_tokens = min(bare)
         if plain:
             limit = min(plain, key=lambda run: run.seconds)
@@ -479,7 +501,7 @@ def report_preparation(
 ) -> None:
     name = f"{_describe(kind, args, args.size_mb)}, {engine}"
     report(f"{name}: speed", speed / 1e6, "M tokens/s", note=f"fastest of {args.repeats}")
-    promise = f"prepare_{kind}.{'speed' if engine == REFERENCE else engine}"
+    promise = f"prepare_{kind}.{'speed' if engine == REFERENCE else engine.lstrip('-')}"
     report(f"{name}: against the bare tokenizer", ratio, "×", promise=promise)
     if kind == "pretrain":
         report(f"{name}: rows full", fill, "%", promise="prepare.fill", note="each bin's last row left out")

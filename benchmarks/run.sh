@@ -5,6 +5,8 @@
 #   bash benchmarks/run.sh --toy                everything at toy shapes, in a minute or two: shows that it runs
 #   bash benchmarks/run.sh --only packing_peer  one of them (may be given several times)
 #   bash benchmarks/run.sh --output FILE        writes there
+#
+# LLAMAFACTORY_DIR is the directory of --llamafactory_dir (docs/performance.md), if it is set.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -18,7 +20,7 @@ while (($#)); do
         if [[ $1 == --only ]]; then only+=("$2"); else output=$2; fi
         shift
         ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
     *) echo "error: $1: unknown argument; there are --toy, --only NAME and --output FILE" >&2; exit 2 ;;
     esac
     shift
@@ -80,7 +82,7 @@ else
     measure prepare_dataset 1 prepare_dataset.py --size_mb 100 --repeats 3 --large
     measure prepare_byte_level 1 prepare_dataset.py --size_mb 100 --repeats 3 --byte_level --vocab_size 128000 \
         --no-memory --no-ray
-    measure prepare_peer 1 prepare_peer.py
+    measure prepare_peer 1 prepare_peer.py ${LLAMAFACTORY_DIR:+--llamafactory_dir "$LLAMAFACTORY_DIR"}
     measure packing_peer 1 packing_peer.py
     measure train_step "$cores" train_step.py
     measure checkpoint "$cores" checkpoint.py

@@ -1,9 +1,12 @@
-"""Makes a results file from what the benchmarks handed in: a table, then their own output."""
+"""Makes a results file from what the benchmarks handed in: a table, what an earlier file had, then their own
+output.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from colossal_llama.utils.files import write_text_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "colossalai", "transformers", "tokenizers", "datasets", "numpy", "pyarrow", "accelerate")
+COLUMNS = 5
+NUMBER = re.compile(r"([\d,.]+)( [^ (|]+)?")
 OPTIONAL = ("trl", "liger-kernel", "flash-attn")
 
 
@@ -30,6 +35,11 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--output_file", type=Path, help="default: benchmarks/results/<date>-<machine kind>.md"
+    )
+    parser.add_argument(
+        "--earlier_file",
+        type=Path,
+        help="results to put beside these (default: the newest others of this kind of machine)",
     )
     parser.add_flag("--toy", default=False, help="the figures are of toy shapes and mean nothing")
     return parser
@@ -58,6 +68,9 @@ def main() -> None:
         "| --- | --- | --- | --- | --- |",
         *(_row(record, args.toy) for record in records),
     ]
+    earlier = args.earlier_file or _find_earlier(output, machine.kind)
+    if earlier is not None and not args.toy:
+        lines += ["", *_then_and_now(earlier, records)]
     output.parent.mkdir(parents=True, exist_ok=True)
     picture = args.work_dir / "scaling.png"
     if picture.is_file():
@@ -92,6 +105,43 @@ def _row(record: dict[str, Any], toy: bool) -> str:
         met = "toy"
     cells = [record["title"], f"`{record['command']}`", format_value(record), record.get("promised", ""), met]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _find_earlier(output: Path, kind: str) -> Path | None:
+    found = sorted((ROOT / "benchmarks" / "results").glob(f"*_{kind}.md"))  # their names begin with the date
+    return next((path for path in reversed(found) if path.name != output.name), None)
+
+
+def _then_and_now(earlier: Path, records: list[dict[str, Any]]) -> list[str]:
+    """The figures that are in both, with the ratio of their values."""
+    then = {}
+    for line in earlier.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split(" | ")]
+        if line.startswith("| ") and len(cells) == COLUMNS:
+            then[_comparable(cells[0].removeprefix("| "))] = cells[2]
+    rows = []
+    for record in records:
+        before = NUMBER.match(then.get(_comparable(record["title"]), ""))
+        if before and record["value"] is not None:
+            value = float(before[1].replace(",", ""))
+            ratio = f"{record['value'] / value:.3f}" if value else ""
+            now = format_value({**record, "count": 0, "note": ""})
+            rows.append(f"| {record['title']} | {before[0].strip()} | {now} | {ratio} |")
+    return [
+        "## Then and now",
+        "",
+        f"Then is [{earlier.name}]({earlier.name}). Seconds of another day or machine differ by themselves: "
+        "ratios count.",
+        "",
+        "| what | then | now | now / then |",
+        "| --- | ---: | ---: | ---: |",
+        *rows,
+    ]
+
+
+def _comparable(title: str) -> str:
+    """Titles of before there was a choice of engines name none."""
+    return title.replace(", hf:", ":")
 
 
 def _raw_output(status: Path) -> list[str]:

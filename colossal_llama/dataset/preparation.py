@@ -82,7 +82,7 @@ def prepare(settings: PreparationSettings) -> None:
         )
         loaded = load_tokenizer(paths.tokenizer_dir)
         spec = _make_spec(settings, output, loaded)
-        trial = recall_trial(engine, spec.tokenizer_json)
+        trial = recall_trial(engine, spec.tokenizer_json) if find_encoder(spec.kind).uses_engine else None
         known = (engine, trial.engine_json) if trial else (REFERENCE, "")
         workers.preload(preload_engine, known[0], spec.tokenizer_json, known[1])
         tokenizer = describe_tokenizer(loaded, Path(spec.tokenizer_json))

@@ -95,40 +95,20 @@ def draw_results(plt: Any, study: dict[str, Any]) -> Any:
 
 
 def draw_replay(plt: Any, study: dict[str, Any]) -> Any:
-    """What was learned against what was forgotten, both against the base, with intervals over documents."""
+    """What was learned against what was forgotten; lines reach from seed to seed."""
     figure, panel = plt.subplots(figsize=(7, 4.8), layout="constrained")
-    wanted = ("base_vocabulary", "no_replay", "extended", "much_replay")
+    wanted = ("no_replay", "extended", "much_replay")
     for number, model in enumerate(
         each for each in study["models"] if each["kind"] in wanted or each["kind"].startswith("merged_")
     ):
         merged = model["kind"].startswith("merged_")
-        forgotten, learned = (model["sets"][language] for language in ("en", "zh"))
-        errors = [
-            None
-            if each["base_interval"] is None
-            else [
-                [each["base_change"] - each["base_interval"][0]],
-                [each["base_interval"][1] - each["base_change"]],
-            ]
-            for each in (forgotten, learned)
-        ]
-        panel.errorbar(
-            forgotten["base_change"],
-            learned["base_change"],
-            xerr=errors[0],
-            yerr=errors[1],
-            fmt="s" if merged else "o",
-            markersize=6,
-            color=f"C{number}",
-            elinewidth=0.8,
-            label=model["kind"],
-        )
-    panel.axvline(0, color="black", linewidth=0.8)
-    panel.axhline(0, color="black", linewidth=0.8)
-    panel.set(
-        xlabel="English: change of bits per byte (right: forgotten)",
-        ylabel="Chinese: change of bits per byte (down: learned)",
-        title="Learned and forgotten, against the base",
-    )
-    panel.legend(frameon=False, fontsize=8)
+        english, chinese = (model["sets"][language] for language in ("en", "zh"))
+        marker = "s" if merged else "o"
+        panel.plot(english["seeds"], chinese["seeds"], color=f"C{number}", linewidth=1)
+        place = mean(english["seeds"]), mean(chinese["seeds"])
+        panel.plot(*place, marker, markersize=6, color=f"C{number}")
+        panel.annotate(model["kind"], place, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    panel.margins(x=0.2, y=0.1)
+    panel.set(xlabel="English, bits per byte", ylabel="Chinese, bits per byte")
+    panel.set_title("Down and left is better")
     return figure

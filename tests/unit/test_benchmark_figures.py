@@ -50,3 +50,25 @@ def test_a_figure_that_is_not_there_is_not_judged(records: Path, capsys: pytest.
     (record,) = read(records)
     assert "met" not in record
     assert capsys.readouterr().out.startswith("MFU: no GPU figure exists; promised: at least 55 %")
+
+
+def test_then_and_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = tmp_path / "2026-01-01_cpu-2-cores.md"
+    earlier.write_text(
+        "| what | command | measured | promised | met |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| data, 2 workers: speed | `python x.py` | 1,600.5 rows/s (median of 3, 1 to 2) | fast | yes |\n"
+        "| step: ours | `python y.py` | 2.000 s |  |  |\n"
+        "| gone | `python y.py` | 1.000 s |  |  |\n",
+        encoding="utf-8",
+    )
+    records = [
+        {"title": "data, 2 workers, hf: speed", "value": 3201.0, "unit": "rows/s", "note": "one", "count": 3},
+        {"title": "step: ours", "value": None, "unit": "s", "note": "not measured"},
+        {"title": "new", "value": 1.0, "unit": "s", "note": ""},
+    ]
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    write_results = load_script(ROOT / "benchmarks" / "write_results.py")
+    lines = write_results._then_and_now(earlier, records)
+    assert lines[-1] == "| data, 2 workers, hf: speed | 1,600.5 rows/s | 3,201 rows/s | 2.000 |"
+    assert not any(line.startswith(("| step", "| new", "| gone")) for line in lines)
