@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -603,6 +604,8 @@ def warmup_of(steps: int) -> int:
 def main() -> None:
     settings = parse_settings(build_parser(), StudySettings)
     study = Study(settings)
+    if not study.is_tiny and find_spec("gguf") is None:
+        raise UserError("reading the base model needs a library: pip install 'gguf>=0.17,<1'")
     study.work_dir.mkdir(parents=True, exist_ok=True)
     rows = [(arm.name, arm.question, arm.about) for arm in study.arms]
     log(format_table(("arm", "question", "what"), rows))

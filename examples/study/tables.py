@@ -189,27 +189,6 @@ def extension_table(study: dict[str, Any]) -> str:
     )
 
 
-def curves_table(study: dict[str, Any]) -> str:
-    """Validation text by step: mean over seeds."""
-    steps = sorted({point["step"] for run in study["runs"] for point in run["curve"]})
-    kinds = list(dict.fromkeys(run["kind"] for run in study["runs"]))
-    rows = []
-    for kind in kinds:
-        for language, name in LANGUAGE_NAMES.items():
-            cells = [f"`{kind}`", name]
-            for step in steps:
-                points = [
-                    point[language]
-                    for run in study["runs"]
-                    if run["kind"] == kind
-                    for point in run["curve"]
-                    if point["step"] == step
-                ]
-                cells.append(_with_spread(points) if points else "")
-            rows.append(cells)
-    return markdown(("arm", "text", *(f"step {step}" for step in steps)), rows, numbers_from=2)
-
-
 def break_even_table(study: dict[str, Any]) -> str:
     found = study["break_even"]
     if not found:
@@ -415,7 +394,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "rate": rate_table,
     "results": results_table,
     "extension": extension_table,
-    "curves": curves_table,
     "break_even": break_even_table,
     "replay": replay_table,
     "starts": starts_table,

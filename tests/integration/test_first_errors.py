@@ -108,3 +108,47 @@ def test_the_message_alone_is_enough(
     for message in expected:
         assert message in result.stderr
     assert not list((directory / "out").rglob("part-*"))
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "expected"),
+    [
+        (
+            "ray",
+            (*PREPARE, "--tokenizer_dir", "tokenizer", "--data_input_dirs", "texts", "--ray_address", "auto"),
+            "--ray_address auto: No module named 'ray'; pip install ray",
+        ),
+        (
+            "zstandard",
+            (*PREPARE, "--tokenizer_dir", "tokenizer", "--data_input_dirs", "packed"),
+            "packed/a.jsonl.zst: reading .zst needs a library: pip install zstandard",
+        ),
+        (
+            "s3fs",
+            (*PREPARE, "--tokenizer_dir", "tokenizer", "--data_input_dirs", "s3://bucket/texts"),
+            "--data_input_dirs s3://bucket/texts: reading s3:// needs a library: pip install s3fs",
+        ),
+    ],
+    ids=["ray", "zstandard", "s3fs"],
+)
+def test_a_package_that_is_not_installed(
+    root: Path, directory: Path, package: str, command: tuple[str, ...], expected: str
+) -> None:
+    (directory / "packed").mkdir()
+    (directory / "packed" / "a.jsonl.zst").write_bytes(b"\0")
+    hidden = directory / "hidden" / package
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')\n"
+    )
+    script, *arguments = command
+    result = subprocess.run(
+        [sys.executable, str(root / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": f"{hidden.parent}:{root}"},
+        timeout=120,
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.strip() == f"error: {expected}"

@@ -71,7 +71,7 @@ class LocalWorkers:
         # Not forked from this process: that would copy the locks of the threads that libraries started here.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([preloading.__name__])
-        self._pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (self.functions,))
+        pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (self.functions,))
         # Ctrl-C reaches all of them. They inherit that it waits, also while they are still starting.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         # Until it forks, the server finds modules by its environment alone.
@@ -80,8 +80,9 @@ class LocalWorkers:
         os.environ.update(environment)
         try:
             multiprocessing.forkserver.ensure_running()
-            self._starter = threading.Thread(target=self._start_workers, daemon=True)
+            self._starter = threading.Thread(target=self._start_workers, args=(pool,), daemon=True)
             self._starter.start()
+            self._pool = pool
         finally:
             for name, value in inherited.items():
                 if value is None:
@@ -90,12 +91,11 @@ class LocalWorkers:
                     os.environ[name] = value
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _start_workers(self) -> None:
+    def _start_workers(self, pool: ProcessPoolExecutor) -> None:
         """Waits until the server is ready; `run` meets what goes wrong here once more."""
-        assert self._pool is not None
         with contextlib.suppress(Exception):
             for _ in range(self.num_workers):
-                self._pool.submit(_do_nothing)
+                pool.submit(_do_nothing)
 
     def check_storage(
         self, output_dirs: Sequence[Path], files: Sequence[InputFile], packages: Sequence[str] = ()

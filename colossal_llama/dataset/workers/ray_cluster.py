@@ -60,9 +60,9 @@ class RayWorkers:
         self._looked_at = float("-inf")
 
     def __enter__(self) -> RayWorkers:
+        connect(self.address, self.num_workers)
         import ray
 
-        connect(self.address, self.num_workers)
         self._stack.callback(ray.shutdown)
         self._nodes = _find_nodes()
         num_nodes = sum(map(_is_at_work, self._nodes.values()))
