@@ -117,10 +117,12 @@ def make_inputs(source: Path, tokenizer: Path, args: Namespace) -> None:
 def run(command: list[str]) -> tuple[float, int]:
     """Wall-clock seconds and peak memory (bytes) of one process."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command)} failed: run it by hand to see why")
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            errors.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{errors.read()}")
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 

@@ -30,6 +30,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment, TemplateError, nodes
 from tokenizers import Tokenizer
 
 from colossal_llama.conversation.control_tokens import (
@@ -55,6 +56,11 @@ GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 # Some templates write today's date, and the output would depend on it; this is LLaMA 3.1's own default.
 DATE = datetime(2024, 7, 26)
 DATE_STRING = "26 Jul 2024"
+# Statements that write what is in them where they stand, or write nothing.
+WRITING = (
+    *(nodes.Output, nodes.For, nodes.If, nodes.With, nodes.Assign, nodes.ExprStmt),
+    *(nodes.Break, nodes.Continue),
+)
 REFUSED = "refused by the chat template"
 # In place of an answer: letters that no filter for case or white space changes.
 PROBES = ("甲", "乙")
@@ -114,6 +120,8 @@ class JinjaTemplate:
         self.marked_template = None
         if GENERATION.search(template) is not None:
             self.marked_template = GENERATION.sub(_mark_generation, template)
+        # Then marks change nothing else, and what is between them need not be rendered without them too.
+        self.only_adds_marks = self.marked_template is not None and only_writes(self.marked_template)
 
     @classmethod
     def of_tokenizer(
@@ -209,8 +217,11 @@ class JinjaTemplate:
         self, messages: Sequence[Message], with_spans: bool = True, add_generation_prompt: bool = False
     ) -> Rendered:
         """What the template writes; raises `BadRecord` where it refuses, or can't be seen through."""
-        text = self.apply(messages, add_generation_prompt)
-        spans = self._find_spans(messages, text) if with_spans else []
+        if with_spans and self.only_adds_marks:
+            text, spans = self._render_marked(messages)
+        else:
+            text = self.apply(messages, add_generation_prompt)
+            spans = self._find_spans(messages, text) if with_spans else []
         if not any(self.special_pattern.search(message.content) for message in messages):
             return Rendered(text, spans)
         quoted = [Message(m.role, self._quote(m.content)) for m in messages]
@@ -251,7 +262,14 @@ class JinjaTemplate:
     def _find_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         """Where the answers that have content are in `text`, with what ends them."""
         if self.marked_template is not None:
-            return self._find_marked(messages, text)
+            marked_text, spans = self._render_marked(messages)
+            if marked_text != text:
+                raise BadRecord(
+                    "answers not marked",
+                    "the chat template changes what is between its {% generation %} marks after it is "
+                    "written",
+                )
+            return spans
         spans: list[tuple[int, int]] = []
         position = 0
         for index, message in enumerate(messages):
@@ -269,7 +287,8 @@ class JinjaTemplate:
             position = span[1]
         return spans
 
-    def _find_marked(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+    def _render_marked(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """What the template writes with marks, without them, and where the answers are in it."""
         marked = self.apply(messages, template=self.marked_template)
         spans, parts, start, length = [], [], 0, 0
         for part in re.split(f"([{OPEN}{CLOSE}])", marked):
@@ -286,13 +305,8 @@ class JinjaTemplate:
                 "answers not marked",
                 f"the chat template marks {len(spans)} of {len(answers)} answers with {{% generation %}}",
             )
-        if "".join(parts) != text:
-            raise BadRecord(
-                "answers not marked",
-                "the chat template changes what is between its {% generation %} marks after it is written",
-            )
         # An answer without content is left out: there is nothing in it to learn but silence.
-        return [span for span, answer in zip(spans, answers, strict=True) if answer.content]
+        return "".join(parts), [span for span, answer in zip(spans, answers, strict=True) if answer.content]
 
     def _find_answer(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int] | None:
         """Where the answer `messages[index]` is in the text of all messages; None if it can't be said."""
@@ -367,6 +381,22 @@ class JinjaTemplate:
         return self.special_pattern.sub(
             lambda match: f"{QUOTE}{self.special_tokens.index(match.group())}{QUOTE}", content
         )
+
+
+def only_writes(template: str) -> bool:
+    """Whether a template writes from beginning to end, and never takes what it wrote for a value.
+
+    Such are templates of conditions, loops, assignments and output. Others may put what they write into a
+    variable or through a filter first: by a block, a macro, or a loop that calls itself.
+    """
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateError:
+        return False
+    return all(
+        isinstance(node, WRITING) and not getattr(node, "recursive", False)
+        for node in tree.find_all(nodes.Stmt)
+    )
 
 
 def _common_prefix(first: str, second: str) -> str:

@@ -47,19 +47,26 @@ def parse_messages(
         raise BadRecord(f"'{field}' empty", f"'{field}' is empty")
     parsed = []
     for index, message in enumerate(messages):
-        where = f"{field}[{index}]"
-        if not isinstance(message, dict):
-            raise BadRecord("message not an object", f"{where} is {json_type(message)}, not an object")
-        try:
-            name, content = take_string(message, role_field), take_string(message, content_field)
-        except BadRecord as error:
-            raise BadRecord(f"message {error.kind}", f"{where}: {error}") from None
-        role = roles.get(name)
-        if role is None:
-            raise BadRecord(
-                "unknown role", f"{where}: unknown role {name!r} (choose from {', '.join(roles)})"
-            )
-        if role == "system" and index > 0:
-            raise BadRecord("system message inside", f"{where}: a system message has to be the first")
-        parsed.append(Message(role, content))
+        if isinstance(message, dict):
+            name, content = message.get(role_field), message.get(content_field)
+            role = roles.get(name) if isinstance(name, str) and isinstance(content, str) else None
+            if role is not None and (index == 0 or role != "system"):
+                parsed.append(Message(role, content))
+                continue
+        raise _describe_bad_message(message, f"{field}[{index}]", role_field, content_field, roles)
     return parsed
+
+
+def _describe_bad_message(
+    message: Any, where: str, role_field: str, content_field: str, roles: Mapping[str, str]
+) -> BadRecord:
+    """What is wrong with a message that can't be used."""
+    if not isinstance(message, dict):
+        return BadRecord("message not an object", f"{where} is {json_type(message)}, not an object")
+    try:
+        name, _ = take_string(message, role_field), take_string(message, content_field)
+    except BadRecord as error:
+        return BadRecord(f"message {error.kind}", f"{where}: {error}")
+    if name not in roles:
+        return BadRecord("unknown role", f"{where}: unknown role {name!r} (choose from {', '.join(roles)})")
+    return BadRecord("system message inside", f"{where}: a system message has to be the first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import eq
 from typing import Any
 
@@ -23,9 +24,9 @@ class ConversationRecord:
     category: str
     format: str = field(default="messages", kw_only=True)
 
-    @property
+    @cached_property
     def num_characters(self) -> int:
-        return sum(len(message.content) for message in self.messages)
+        return sum([len(message.content) for message in self.messages])
 
     @property
     def text(self) -> str:

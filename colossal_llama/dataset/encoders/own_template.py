@@ -24,6 +24,7 @@ from colossal_llama.dataset.labels import has_loss
 from colossal_llama.dataset.settings import SftSettings
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
 
@@ -148,10 +149,24 @@ class ChatTemplateEncoder:
         documents = []
         for one, encoding in zip(rendered, self.template.encode_rendered(rendered), strict=True):
             plain = np.array(encoding.ids, dtype=np.int32)
-            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             stored = ~plain
             for start, end in one.spans:
-                inside = (offsets[:, 1] > start) & (offsets[:, 0] < end)
+                inside = find_tokens(encoding, start, end)
                 stored[inside] = plain[inside]
             documents.append(stored)
         return documents
+
+
+def find_tokens(encoding: Encoding, start: int, end: int) -> slice | np.ndarray:
+    """Which tokens hold a character of the text from `start` to `end`, the last excluded."""
+    first = last = None
+    if start < end:
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    if first is not None and last is not None:
+        # Several tokens may hold one character, and the last of them what follows it too.
+        while (place := encoding.token_to_chars(last + 1)) is not None and place[0] < end:
+            last += 1
+        return slice(first, last + 1)
+    # The normaliser left out a character there. All offsets of a long text are slow to fetch.
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    return (offsets[:, 1] > start) & (offsets[:, 0] < end)

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pytest
+from encoder_cases import SNIPPETS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from colossal_llama.conversation.jinja import JinjaTemplate, TemplateTokens
+from colossal_llama.conversation.jinja import JinjaTemplate, TemplateTokens, only_writes
 from colossal_llama.conversation.messages import ROLE_NAMES, Message
 from colossal_llama.corpus.records import BadRecord
 from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome
-from colossal_llama.dataset.encoders.own_template import ChatTemplateEncoder
+from colossal_llama.dataset.encoders.own_template import ChatTemplateEncoder, find_tokens
 from colossal_llama.dataset.labels import split_signed
 from colossal_llama.inference.prompt_encoding import choose_prompt_style
 from colossal_llama.utils.errors import UserError
@@ -503,3 +505,48 @@ def test_conversations_that_can_not_be_rendered(make_encoder: MakeEncoder) -> No
         assert (outcome.num_tokens, outcome.reason) == (0, "refused by the chat template")
     with pytest.raises(BadRecord, match="noncharacter"):
         encoder.parse(as_value([Message("human", "\ufdd0")]))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(st.sampled_from(SNIPPETS), min_size=1), data=st.data())
+def test_tokens_of_a_span_are_those_whose_offsets_meet_it(
+    tokenizer: Any, parts: list[str], data: st.DataObject
+) -> None:
+    text = "".join(parts)
+    encoding = JinjaTemplate(tokenizer, PLAIN).backend.encode(text, add_special_tokens=False)
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(text))] * 2)))
+    ids = np.array(encoding.ids)
+    wanted = [i for i, (first, last) in enumerate(encoding.offsets) if last > start and first < end]
+    assert ids[find_tokens(encoding, start, end)].tolist() == ids[wanted].tolist()
+
+
+def test_templates_that_take_what_they_wrote_are_told_from_others() -> None:
+    for template in (PLAIN, HIDDEN, STRICT, "{% set x = 1 %}{% for m in messages %}{% break %}{% endfor %}"):
+        assert only_writes(template)
+    for template in (
+        "{% set x %}a{% endset %}{{ x | upper }}",
+        "{% filter upper %}a{% endfilter %}",
+        "{% macro f() %}a{% endmacro %}{{ f() | upper }}",
+        "{% for m in messages recursive %}{{ loop(m.c) | upper }}{% endfor %}",
+        "{% block b %}a{% endblock %}{{ self.b() | upper }}",
+        "{% set x %}",
+        "{% generation %}a{% endgeneration %}",
+    ):
+        assert not only_writes(template), template
+
+
+def test_answers_between_marks_that_are_changed_afterwards_are_refused(
+    tokenizer: Any, make_encoder: MakeEncoder
+) -> None:
+    body = "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    loop = f"{{% for m in messages %}}{{% if m['role'] == 'assistant' %}}{body}{{% endif %}}{{% endfor %}}"
+    messages = [Message("human", "a"), Message("assistant", "ab")]
+    template = JinjaTemplate(tokenizer, f"{{% filter replace('b', 'c') %}}{loop}{{% endfilter %}}")
+    assert not template.only_adds_marks
+    assert template.render(messages).text == "ac"
+    # To this filter, a mark is the first letter.
+    template = JinjaTemplate(tokenizer, f"{{% filter capitalize %}}{loop}{{% endfilter %}}")
+    with pytest.raises(BadRecord, match="changes what is between"):
+        template.render(messages)
+    assert JinjaTemplate(tokenizer, loop).only_adds_marks
+    assert JinjaTemplate(tokenizer, loop).render(messages).spans == [(0, 2)]
