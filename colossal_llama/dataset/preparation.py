@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ from colossal_llama.dataset.statistics import (
     draw_lengths,
     format_statistics,
     make_statistics,
+    prepare_to_draw,
 )
 from colossal_llama.dataset.tokenizer_copy import (
     SpecialTokens,
@@ -92,8 +92,9 @@ def prepare(settings: PreparationSettings) -> None:
         shards = make_shards(files)
         run_key = _find_run_key(shards, spec, facts, settings, output, new_rows)
         run_id = claim_output(output, run_key, paths.overwrite)
-        # For the picture at the end: imported while the workers encode.
-        threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
+        # While the workers encode.
+        drawing_prepared = threading.Thread(target=prepare_to_draw, daemon=True)
+        drawing_prepared.start()
         encoded = encode_shards(
             workers,
             shards,
@@ -117,6 +118,7 @@ def prepare(settings: PreparationSettings) -> None:
         if facts["kind"] == "sft":
             facts["input_formats"] = formats
         written = write_bins(workers, encoded, output, rows, run)
+        drawing_prepared.join()
         stats = _write_statistics(facts, encoded, written, settings, output, new_rows)
         node_table = workers.describe_nodes()
     log(format_statistics(stats))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -238,7 +239,15 @@ def format_statistics(stats: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def draw_lengths(stats: Mapping[str, Any], path: Path) -> None:
+def prepare_to_draw() -> None:
+    """Loads matplotlib and its fonts, which takes longer than the drawing does."""
+    histogram = _histogram(np.zeros(0, dtype=np.int64))
+    draw_lengths(
+        {"piece_lengths": histogram, "total": {"pieces": 0}, "rows": {"tokens": 0}}, path=io.BytesIO()
+    )
+
+
+def draw_lengths(stats: Mapping[str, Any], path: Path | BinaryIO) -> None:
     """Writes a histogram of the lengths of documents (chunks of long ones count by themselves) as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
