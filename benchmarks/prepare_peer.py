@@ -109,7 +109,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         corpus, tokenizer_dir = work / "corpus", work / "tokenizer"
-        make_tokenizer(tokenizer_dir, args.vocab_size)
+        make_tokenizer(tokenizer_dir, args.vocab_size, byte_level=False)
         make_corpus(corpus, "pretrain", args.size_mb, 0.0)
         ours, peer = [], []
         for _ in range(args.repeats):

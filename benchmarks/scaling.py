@@ -224,7 +224,7 @@ def preparation_curves(args: Namespace, work: Path) -> Iterator[Curve]:
     from prepare_dataset import make_corpus, make_tokenizer
 
     tokenizer = work / "tokenizer"
-    make_tokenizer(tokenizer, 8000 if args.toy else 32000)
+    make_tokenizer(tokenizer, 8000 if args.toy else 32000, byte_level=False)
 
     def prepare(megabytes: int, num_bins: int) -> tuple[float, float]:
         corpus, output = work / f"corpus-{megabytes}", work / "prepared"
