@@ -445,7 +445,7 @@ def benchmark(args: Namespace, work_dir: Path) -> None:
             speed.append([kind, engine, num_tokens, *figures])
             memory.append(_memory_line(f"{kind} {args.size_mb} MB, {engine}", run))
             report_preparation(kind, engine, args, our_speed, our_speed / bare_speed, 100 * fill)
-            report_memory(kind, args.size_mb, args, run)
+            report_memory(kind, args.size_mb, args, run, f", {engine}")
         sizes = [10] * args.memory + [1000] * (args.large and kind == "pretrain")
         for size in sizes:
             sized_dir = work_dir / f"{kind}-{size}mb"
@@ -507,9 +507,9 @@ def report_preparation(
         report(f"{name}: rows full", fill, "%", promise="prepare.fill", note="each bin's last row left out")
 
 
-def report_memory(kind: str, size: int, args: Namespace, run: Run) -> None:
+def report_memory(kind: str, size: int, args: Namespace, run: Run, engine: str = "") -> None:
     report(
-        f"{_describe(kind, args, size)}: peak memory of all processes",
+        f"{_describe(kind, args, size)}{engine}: peak memory of all processes",
         run.peak_all / 1e9,
         "GB",
         promise="prepare.memory",

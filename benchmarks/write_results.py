@@ -20,8 +20,7 @@ from colossal_llama.utils.files import write_text_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "colossalai", "transformers", "tokenizers", "datasets", "numpy", "pyarrow", "accelerate")
-COLUMNS = 5
-NUMBER = re.compile(r"([\d,.]+)( [^ (|]+)?")
+NUMBER = re.compile(r"([\d,.]+)((?: [^ (|]+)?)")
 OPTIONAL = ("trl", "liger-kernel", "flash-attn")
 
 
@@ -115,14 +114,14 @@ def _find_earlier(output: Path, kind: str) -> Path | None:
 def _then_and_now(earlier: Path, records: list[dict[str, Any]]) -> list[str]:
     """The figures that are in both, with the ratio of their values."""
     then = {}
-    for line in earlier.read_text(encoding="utf-8").splitlines():
+    _, _, table = earlier.read_text(encoding="utf-8").partition("| --- |")
+    for line in table.partition("\n\n")[0].splitlines()[1:]:
         cells = [cell.strip() for cell in line.split(" | ")]
-        if line.startswith("| ") and len(cells) == COLUMNS:
-            then[_comparable(cells[0].removeprefix("| "))] = cells[2]
+        then[_comparable(cells[0].removeprefix("| ").replace("\\|", "|"))] = cells[2]
     rows = []
     for record in records:
         before = NUMBER.match(then.get(_comparable(record["title"]), ""))
-        if before and record["value"] is not None:
+        if before and record["value"] is not None and before[2].strip() == record["unit"].split(" ")[0]:
             value = float(before[1].replace(",", ""))
             ratio = f"{record['value'] / value:.3f}" if value else ""
             now = format_value({**record, "count": 0, "note": ""})

@@ -121,7 +121,11 @@ class JinjaTemplate:
         if GENERATION.search(template) is not None:
             self.marked_template = GENERATION.sub(_mark_generation, template)
         # Then marks change nothing else, and what is between them need not be rendered without them too.
-        self.only_adds_marks = self.marked_template is not None and only_writes(self.marked_template)
+        self.only_adds_marks = (
+            self.marked_template is not None
+            and MARKS.search(template) is None
+            and only_writes(self.marked_template)
+        )
 
     @classmethod
     def of_tokenizer(
@@ -218,6 +222,7 @@ class JinjaTemplate:
     ) -> Rendered:
         """What the template writes; raises `BadRecord` where it refuses, or can't be seen through."""
         if with_spans and self.only_adds_marks:
+            assert not add_generation_prompt, "a prompt has no answers to find"
             text, spans = self._render_marked(messages)
         else:
             text = self.apply(messages, add_generation_prompt)
@@ -384,14 +389,19 @@ class JinjaTemplate:
 
 
 def only_writes(template: str) -> bool:
-    """Whether a template writes from beginning to end, and never takes what it wrote for a value.
+    """Whether a template with marks writes from beginning to end, and never takes what it wrote for a value.
 
     Such are templates of conditions, loops, assignments and output. Others may put what they write into a
-    variable or through a filter first: by a block, a macro, or a loop that calls itself.
+    variable or through a filter first: by a block, a macro, or a loop that calls itself. The marks have to be
+    constants of their own: a tag may also have been replaced inside of a string, or of raw text.
     """
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except TemplateError:
+        return False
+    constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    raw = [node.data for node in tree.find_all(nodes.TemplateData)]
+    if any(MARKS.search(text) for text in [*raw, *(c for c in constants if c not in (OPEN, CLOSE))]):
         return False
     return all(
         isinstance(node, WRITING) and not getattr(node, "recursive", False)
@@ -409,7 +419,10 @@ def _common_prefix(first: str, second: str) -> str:
 
 
 def _mark_generation(tag: re.Match[str]) -> str:
-    """Two tags around a mark for one `{% generation %}`: white space on both sides is treated as before."""
+    """Two tags around a mark for one `{% generation %}`.
+
+    White space on both sides is treated as before, and what is set inside is not seen outside.
+    """
     left, end, right = tag.groups()
-    statement, mark = ("endif", CLOSE) if end else ("if true", OPEN)
-    return f"{{%{left} {statement} %}}{{{{ '{mark}' }}}}{{% {statement} {right}%}}"
+    first, mark, second = ("endif", CLOSE, "endwith") if end else ("with", OPEN, "if true")
+    return f"{{%{left} {first} %}}{{{{ '{mark}' }}}}{{% {second} {right}%}}"

@@ -9,6 +9,7 @@ from typing import Any
 from drawings import CURVES, LANGUAGE_NAMES, REPLAY, RESULTS
 
 GIB = 2**30
+ROUNDING = 0.001  # bits per byte; scores are computed in bf16
 
 
 def make_tables(study: dict[str, Any]) -> dict[str, str]:
@@ -267,7 +268,7 @@ def differences_table(study: dict[str, Any]) -> str:
 
 def is_difference(figures: dict[str, Any]) -> bool:
     interval, seeds = figures["interval"], figures["seeds"]
-    if interval is None or interval[0] <= 0 <= interval[1]:
+    if interval is None or interval[0] <= 0 <= interval[1] or abs(figures["change"]) < ROUNDING:
         return False
     return all(seed * figures["change"] > 0 for seed in seeds)
 
@@ -317,25 +318,29 @@ def ledger_table(study: dict[str, Any]) -> str:
 
 
 def bill_table(study: dict[str, Any]) -> str:
-    """What --dry_run estimated beside what runs took: whole commands, with start, evaluations and saves."""
+    """What --dry_run estimated beside what runs took: whole commands, with start, evaluations and saves.
+
+    Speeds are those of the fastest run: others may have shared the machine, or been halted.
+    """
     rows = []
     for arm, estimate in study["estimates"].items():
         runs = [run for run in study["runs"] if run["kind"] == arm]
         if not runs:
             continue
-        flops = estimate.get("flops_per_token", 0) * mean(run["tokens"] for run in runs)
-        speed = mean(run["tokens_per_second"] for run in runs)
+        per_token = estimate.get("flops_per_token", 0)
+        speed = max(run["tokens_per_second"] for run in runs)
+        whole = max(run["tokens"] / run["seconds"] for run in runs)
         rows.append(
             (
                 f"`{arm}`",
                 f"{estimate['parameters'] / 1e6:.1f}",
                 f"{(estimate['bytes'] + estimate.get('bytes_for_saves', 0)) / GIB:.2f}",
                 f"{max(run['peak_memory_bytes'] for run in runs) / GIB:.2f}",
-                f"{flops:.2e}",
+                f"{estimate.get('flops', 0):.2e}",
+                f"{per_token * mean(run['tokens'] for run in runs):.2e}",
                 f"{speed:,.0f}",
-                f"{estimate.get('flops_per_token', 0) * speed / 1e9:,.0f}",
-                f"{mean(run['seconds'] for run in runs):,.0f}",
-                f"{mean(run['tokens'] for run in runs) / mean(run['seconds'] for run in runs):,.0f}",
+                f"{per_token * speed / 1e9:,.0f}",
+                f"{whole:,.0f}",
             )
         )
     return markdown(
@@ -345,9 +350,9 @@ def bill_table(study: dict[str, Any]) -> str:
             "GiB estimated",
             "GiB at the peak",
             "FLOPs estimated",
+            "FLOPs of the tokens read",
             "tokens/s in a step",
             "GFLOP/s",
-            "seconds of the command",
             "tokens/s of the command",
         ),
         rows,

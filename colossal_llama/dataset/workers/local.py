@@ -24,6 +24,7 @@ from colossal_llama.dataset.workers.node_check import remove_token_files
 from colossal_llama.utils.errors import UserError
 
 GC_THRESHOLD = 100_000  # objects, see `gc`
+HAS_SAFE_PATH = sys.version_info >= (3, 11)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -32,7 +33,8 @@ Result = TypeVar("Result")
 class LocalWorkers:
     """Processes of this machine; one worker is this process itself.
 
-    Workers are forked from a server, a process of one thread: what it has loaded, they share.
+    Workers are forked from a server, a process of one thread: what it has loaded, they share. Not with Python
+    3.10, where a server would look for this package in the current directory first.
 
     Args:
         num_workers: number of processes.
@@ -44,7 +46,8 @@ class LocalWorkers:
         self.num_workers = num_workers
         self.functions = tuple(functions)
         self._pool: ProcessPoolExecutor | None = None
-        self._starter = threading.Thread()
+        # Not the thread's `join`: one that Ctrl-C interrupts takes the thread for ended.
+        self._started = threading.Event()
 
     def __enter__(self) -> LocalWorkers:
         # Parallelism is by process: threads inside each would only get in each other's way.
@@ -52,13 +55,17 @@ class LocalWorkers:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._pool is not None:
-            self._starter.join()
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            # The next ones are forked from a server of their own, with other things loaded.
-            multiprocessing.forkserver._forkserver._stop()
+        if self._pool is None:
+            return
+        server = multiprocessing.forkserver._forkserver
+        if exception[0] is not None and not self._started.is_set() and server._forkserver_pid is not None:
+            os.kill(server._forkserver_pid, signal.SIGKILL)  # nobody waits for what it loads any more
+        self._started.wait()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        # The next ones are forked from a server of their own, with other things loaded.
+        server._stop()
 
-    def preload(self, function: Callable[..., None], *arguments: str) -> None:
+    def preload(self, function: Callable[..., None], *arguments: str | float) -> None:
         """See `Workers.preload`."""
         self._start(
             {preloading.VARIABLE: json.dumps([function.__module__, function.__qualname__, *arguments])}
@@ -69,33 +76,26 @@ class LocalWorkers:
         if self.num_workers == 1 or self._pool is not None:
             return
         # Not forked from this process: that would copy the locks of the threads that libraries started here.
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context("forkserver" if HAS_SAFE_PATH else "spawn")
         context.set_forkserver_preload([preloading.__name__])
         pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (self.functions,))
-        # Ctrl-C reaches all of them. They inherit that it waits, also while they are still starting.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         # Until it forks, the server finds modules by its environment alone.
-        environment = {**environment, "PYTHONPATH": os.pathsep.join(sys.path)}
-        inherited = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        try:
-            multiprocessing.forkserver.ensure_running()
-            self._starter = threading.Thread(target=self._start_workers, args=(pool,), daemon=True)
-            self._starter.start()
+        environment = {**environment, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+        # Ctrl-C reaches all of them. They inherit that it waits, also while they are still starting.
+        with _no_interrupts(), _environment(environment if HAS_SAFE_PATH else {}):
+            if HAS_SAFE_PATH:
+                multiprocessing.forkserver.ensure_running()
+            threading.Thread(target=self._start_workers, args=(pool,), daemon=True).start()
             self._pool = pool
-        finally:
-            for name, value in inherited.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _start_workers(self, pool: ProcessPoolExecutor) -> None:
         """Waits until the server is ready; `run` meets what goes wrong here once more."""
-        with contextlib.suppress(Exception):
-            for _ in range(self.num_workers):
-                pool.submit(_do_nothing)
+        try:
+            with contextlib.suppress(Exception):
+                for _ in range(self.num_workers):
+                    pool.submit(_do_nothing)
+        finally:
+            self._started.set()
 
     def check_storage(
         self, output_dirs: Sequence[Path], files: Sequence[InputFile], packages: Sequence[str] = ()
@@ -113,13 +113,14 @@ class LocalWorkers:
             for index, task in enumerate(tasks):
                 yield index, function(task)
             return
-        self._starter.join()
+        self._started.wait()
         waiting = iter(enumerate(tasks))
         running: dict[Future[Result], int] = {}
         try:
             while True:
                 while len(running) < 2 * self.num_workers and (item := next(waiting, None)) is not None:
-                    running[self._pool.submit(function, item[1])] = item[0]
+                    with _no_interrupts():  # a pool with a worker half-started does not end
+                        running[self._pool.submit(function, item[1])] = item[0]
                 if not running:
                     return
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -130,6 +131,30 @@ class LocalWorkers:
                 "a worker process was killed, perhaps for want of memory; use fewer --num_workers. "
                 "The same command goes on where this one stopped"
             ) from None
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """For what is started in the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _start_worker(functions: Sequence[Callable]) -> None:

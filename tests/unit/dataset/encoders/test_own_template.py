@@ -531,6 +531,8 @@ def test_templates_that_take_what_they_wrote_are_told_from_others() -> None:
         "{% block b %}a{% endblock %}{{ self.b() | upper }}",
         "{% set x %}",
         "{% generation %}a{% endgeneration %}",
+        "{% raw %}{{ '\ufdd0' }}{% endraw %}",
+        "{{ 'a\ufdd0b' | length }}",
     ):
         assert not only_writes(template), template
 
@@ -550,3 +552,37 @@ def test_answers_between_marks_that_are_changed_afterwards_are_refused(
         template.render(messages)
     assert JinjaTemplate(tokenizer, loop).only_adds_marks
     assert JinjaTemplate(tokenizer, loop).render(messages).spans == [(0, 2)]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' %}"
+        "{% generation %}{% if '>' in c %}{% set c = c.split('>')[-1] %}{% endif %}{{ c }}{% endgeneration %}"
+        "{% else %}{{ c }}{% endif %}[{{ c }}]{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{%- generation -%} {{ m.content }} "
+        "{%- endgeneration %} x {% else %} {{ m.content }} {% endif %}\n{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}({{ ns.n }})"
+        "{% if loop.changed(m.role) %}!{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{% if 'b' in m.content %}{% raw %}{% generation %}{% endraw %}"
+        "{% endif %}{{ m.content }}{% endif %}{% endfor %}",
+    ],
+)
+def test_marks_change_nothing_of_what_is_written(tokenizer: Any, template: str) -> None:
+    found = JinjaTemplate(tokenizer, template)
+    assert found.marked_template is not None
+    for contents in (("a", "b", "c", "d"), ("a>b", "<x>y", " b ", "")):
+        messages = [Message(role, c) for role, c in zip(("human", "assistant") * 2, contents, strict=True)]
+        try:
+            rendered = found.render(messages)
+        except BadRecord:  # a tag as raw text is a mark too many
+            assert "raw" in template
+            continue
+        assert rendered.text == found.apply(messages)
+        said = [m.content for m in messages if m.role == "assistant" and m.content]
+        assert [
+            c.split(">")[-1] in rendered.text[a:b] for c, (a, b) in zip(said, rendered.spans, strict=True)
+        ]

@@ -5,8 +5,13 @@ from __future__ import annotations
 import multiprocessing.forkserver
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from colossal_llama.dataset.workers import LocalWorkers, open_workers
 from colossal_llama.utils.errors import UserError
@@ -67,6 +72,12 @@ def test_ctrl_c_does_not_reach_workers() -> None:
     assert signal.SIGINT not in blocked_signals(0)
 
 
+shares_what_is_loaded = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="with Python 3.10, workers are spawned: see LocalWorkers"
+)
+
+
+@shares_what_is_loaded
 def test_workers_share_what_was_loaded_before_they_were_forked() -> None:
     for number in (5, 6):  # the second ones are forked from another server
         with LocalWorkers(2, [loaded]) as workers:
@@ -87,6 +98,60 @@ def test_workers_that_are_not_needed_end_at_once() -> None:
     with LocalWorkers(2, [loaded]) as workers:
         workers.preload(load, "5")
     assert multiprocessing.forkserver._forkserver._forkserver_pid is None
+
+
+PROGRAM = """
+import signal, sys, time
+from colossal_llama.dataset.workers import LocalWorkers
+from colossal_llama.utils import errors
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
+    with LocalWorkers(2, [errors.run_command]) as workers:
+        workers.preload(time.sleep, float(sys.argv[1])) if len(sys.argv) > 1 else None
+        print("started", flush=True)
+        print([path for _, path in workers.run(eval, ["__import__('colossal_llama').__file__"] * 4)])
+"""
+
+
+def test_workers_run_the_code_of_the_command_wherever_it_is_started(tmp_path: Path) -> None:
+    (tmp_path / "colossal_llama" / "dataset").mkdir(parents=True)
+    for directory in ("colossal_llama", "colossal_llama/dataset"):
+        (tmp_path / directory / "__init__.py").write_text("print('the wrong one')")
+    (tmp_path / "numpy.py").write_text("print('the wrong one')")
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "program.py").write_text(PROGRAM)
+    result = subprocess.run(
+        [sys.executable, scripts / "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    paths = [str(ROOT / "colossal_llama" / "__init__.py")] * 4
+    assert result.stdout == f"started\n{paths}\n", result.stdout + result.stderr
+
+
+@shares_what_is_loaded
+def test_ctrl_c_does_not_wait_for_what_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py", "60"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert errors.count("Traceback") <= 1, errors  # the command's own
+    assert process.returncode != 0
 
 
 def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
