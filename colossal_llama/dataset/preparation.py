@@ -85,6 +85,7 @@ def prepare(settings: PreparationSettings) -> None:
         trial = recall_trial(engine, spec.tokenizer_json) if find_encoder(spec.kind).uses_engine else None
         known = (engine, trial.engine_json) if trial else (REFERENCE, "")
         workers.preload(preload_engine, known[0], spec.tokenizer_json, known[1])
+        find_encoder(spec.kind).report(spec, loaded)
         tokenizer = describe_tokenizer(loaded, Path(spec.tokenizer_json))
         _check_special_tokens(workers, loaded, tokenizer)
         new_rows = find_new_rows(paths.tokenizer_dir)
@@ -118,9 +119,10 @@ def prepare(settings: PreparationSettings) -> None:
         if facts["kind"] == "sft":
             facts["input_formats"] = formats
         written = write_bins(workers, encoded, output, rows, run)
+        node_table = workers.describe_nodes()
+        workers.finish()
         drawing_prepared.join()
         stats = _write_statistics(facts, encoded, written, settings, output, new_rows)
-        node_table = workers.describe_nodes()
     log(format_statistics(stats))
     if paths.preview:
         _show_rows(paths, output, rows)

@@ -140,5 +140,9 @@ class RecordEncoder(Protocol):
     ) -> EncoderSpec:
         """What the encoder needs to know of a tokenizer; raises `UserError` when it can't be used."""
 
+    @classmethod
+    def report(cls, spec: EncoderSpec, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Says what a user should know of a spec; apart from `make_spec`, since it may take its time."""
+
     def encode(self, records: Sequence[Any]) -> list[Outcome]:
         """What becomes of each record, in order."""

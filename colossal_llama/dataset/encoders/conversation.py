@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama.conversation import find_template
 from colossal_llama.conversation.carried import CarriedTemplate
 from colossal_llama.conversation.special_strings import NOTE, SpecialStrings
+from colossal_llama.conversation.stretches import encode_plain_texts
 from colossal_llama.conversation.template import EncodedTurns
 from colossal_llama.dataset.encoders.base import EncoderSpec, Outcome
 from colossal_llama.dataset.encoders.conversation_records import (
@@ -44,7 +46,6 @@ class ConversationEncoder:
     ) -> EncoderSpec:
         """The template's special tokens are looked up in the tokenizer, which is tried out."""
         template = find_template(settings.template).of_tokenizer(tokenizer, settings.llama_version)
-        report_template(template, tokenizer)
         return EncoderSpec(
             "sft",
             tokenizer.bos_token_id,
@@ -54,6 +55,13 @@ class ConversationEncoder:
             bound_form=template.bound,
             carried=CarriedTemplate.of_template(template),
         )
+
+    @classmethod
+    def report(cls, spec: EncoderSpec, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Says where no chat template makes the rows, or transformers' slow tokenizer other ones."""
+        assert spec.bound_form is not None
+        template = find_template(spec.conversation_template)
+        report_template(template(spec.bound_form, partial(encode_plain_texts, tokenizer)), tokenizer)
 
     def parse(self, value: dict[str, Any]) -> ConversationRecord:
         return parse_conversation(value)

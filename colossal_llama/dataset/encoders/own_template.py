@@ -75,6 +75,10 @@ class ChatTemplateEncoder:
             carried=CarriedTemplate("tokenizer"),
         )
 
+    @classmethod
+    def report(cls, spec: EncoderSpec, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Nothing."""
+
     def parse(self, value: dict[str, Any]) -> TemplatedRecord:
         record = parse_conversation(value)
         messages = record.messages

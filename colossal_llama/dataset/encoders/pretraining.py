@@ -63,6 +63,10 @@ class PretrainEncoder:
             text_field=settings.text_field,
         )
 
+    @classmethod
+    def report(cls, spec: EncoderSpec, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Nothing."""
+
     def parse(self, value: dict[str, Any]) -> PretrainRecord:
         if self.spec.text_field:
             return PretrainRecord("", take_string(value, self.spec.text_field), take_category(value))

@@ -44,6 +44,9 @@ class Workers(Protocol):
         depend on results that have been taken.
         """
 
+    def finish(self) -> None:
+        """Lets the workers end while this process goes on; nothing can be run any more."""
+
     def describe_nodes(self) -> str:
         """A table of what each machine did; empty where there is only this one."""
 

@@ -103,6 +103,11 @@ class LocalWorkers:
         """Other processes of this machine see what this one sees."""
         remove_token_files(output_dirs)
 
+    def finish(self) -> None:
+        """See `Workers.finish`."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+
     def describe_nodes(self) -> str:
         return ""
 

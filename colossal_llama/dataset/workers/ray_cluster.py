@@ -109,6 +109,9 @@ class RayWorkers:
     def preload(self, function: Callable[..., None], *arguments: str | float) -> None:
         """Nothing: Ray starts its workers by itself."""
 
+    def finish(self) -> None:
+        """Nothing: they are the cluster's."""
+
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[int, Result]]:
         """See `Workers.run`."""
         import ray

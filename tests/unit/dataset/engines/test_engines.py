@@ -35,6 +35,7 @@ from colossal_llama.dataset.engines.checked import (
     find_words,
     is_checked,
     raise_difference,
+    read_vocabulary,
 )
 from colossal_llama.dataset.engines.huggingface import TokenizersEngine
 from colossal_llama.dataset.engines.trial import find_form, write_form
@@ -47,6 +48,7 @@ from colossal_llama.dataset.settings import (
     SftSettings,
     WorkerSettings,
 )
+from colossal_llama.tokenizer.token_bytes import TokenBytes
 from colossal_llama.utils.errors import UserError
 
 KINDS = ["llama2", "llama2 prepend", "llama2 extended form", "llama2 with a word", "llama3"]
@@ -413,3 +415,26 @@ def test_loading_an_engine_starts_no_thread(llama3_tokenizer_dir: Path, engine: 
     command = [sys.executable, "-c", code, engine, str(path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == "1\n"
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3"])
+@pytest.mark.parametrize("last", ["model", "normalizer", "vocab", "merges"])
+def test_a_vocabulary_is_read_with_and_without_the_merges(
+    llama2_tokenizer_dir: Path, llama3_tokenizer_dir: Path, kind: str, last: str
+) -> None:
+    """Whatever the order of the keys in the file, and whatever pieces look like."""
+    directory = llama2_tokenizer_dir if kind == "llama2" else llama3_tokenizer_dir
+    text = AutoTokenizer.from_pretrained(directory).backend_tokenizer.to_str()
+    value = json.loads(text)
+    value["model"]["vocab"]['"merges":'] = len(value["model"]["vocab"])
+    value["model"]["merges"].append(['"mer', 'ges":'])
+    for part in (value, value["model"]):
+        if last in part:
+            part[last] = part.pop(last)
+    wanted = TokenBytes.of_value(value)
+    assert wanted is not None
+    for separators in ((",", ":"), (", ", ": ")):
+        table, words = read_vocabulary(json.dumps(value, separators=separators).encode())
+        assert table.contents == wanted.contents
+        assert (table.prefix, table.added_ids) == (wanted.prefix, wanted.added_ids)
+        assert words == find_words(value)
