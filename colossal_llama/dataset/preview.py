@@ -37,7 +37,9 @@ class Preview:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, coloured: bool) -> None:
         self.tokenizer, self.coloured = tokenizer, coloured
         self._table = TokenBytes.of_tokenizer(tokenizer)
-        self._special_ids = set(tokenizer.all_special_ids)
+        # Of LLaMA-3's special tokens, `all_special_ids` has only those with a role: not <|eot_id|>.
+        added = tokenizer.added_tokens_decoder.items()
+        self._special_ids = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
 
     def show(self, parts: Sequence[Path], num_rows: int, max_length: int) -> Iterator[str]:
         """The text of each row: of every part the first, then the second …, as many as are asked for."""

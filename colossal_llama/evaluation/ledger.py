@@ -51,8 +51,8 @@ class LedgerSettings:
     model: str = flag(None, "extended model, trained", type=model_name, required=True)
     start_model: Path | None = flag(
         None,
-        "extended model as init_model.py wrote it, from which the rows moved (default: means of the base's "
-        "rows, as init_model.py makes them by default)",
+        "extended model as init_model.py or calibrate_output.py wrote it, from which the rows moved "
+        "(default: means of the base's rows, as init_model.py makes them by default)",
         type=existing_directory,
     )
     data_input_dirs: list[Path] = flag(

@@ -50,7 +50,7 @@ def find_new_pieces(base: PreTrainedTokenizerFast, extended: PreTrainedTokenizer
     for token_id in new_ids:
         text = names[token_id]
         if table is not None:
-            text = table.contents[token_id].decode("utf-8", "replace").replace(" ", "▁")
+            text = table.readable(token_id).replace(" ", "▁")
         texts[token_id] = text
         replaced[token_id] = [token.id for token in base.backend_tokenizer.model.tokenize(names[token_id])]
     return NewPieces(texts, replaced)

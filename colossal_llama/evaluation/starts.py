@@ -79,7 +79,7 @@ class ExtendedModel:
         """The text of a piece, as people read it; parts of characters as escapes."""
         if self.encoder.table is None:
             return self.pieces[row]
-        return self.encoder.table.contents[row].decode("utf-8", "backslashreplace")
+        return self.encoder.table.readable(row)
 
     def output_weight(self) -> torch.Tensor:
         return self.model.get_output_embeddings().weight.data

@@ -113,6 +113,10 @@ class TokenBytes:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         return None if backend is None else cls.of_json(backend.to_str(), tokenizer.all_special_ids)
 
+    def readable(self, token_id: int) -> str:
+        """The text of a token as people read it; parts of characters as escapes (`\\xe0\\xb8`)."""
+        return self.contents[token_id].decode("utf-8", "backslashreplace")
+
     @cached_property
     def _starts_with_space(self) -> np.ndarray:
         return np.array([content[:1] == b" " for content in self.contents], dtype=bool)

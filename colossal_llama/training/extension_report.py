@@ -12,6 +12,7 @@ from colossal_llama.dataset.piece_counts import RARE_LIMITS, read_piece_counts, 
 from colossal_llama.tokenizer.base_vocabulary import find_replaced_tokens
 from colossal_llama.tokenizer.extension_bill import ExtensionBill, format_bill, make_bill
 from colossal_llama.tokenizer.new_rows import find_new_rows
+from colossal_llama.tokenizer.token_bytes import TokenBytes
 from colossal_llama.tokenizer.tokenizer_files import FAST_FILE
 from colossal_llama.training.data.prepared_rows import PreparedDataset
 from colossal_llama.utils.files import read_json_object
@@ -51,8 +52,9 @@ class ExtensionReport:
         limits = ", ".join(f"{summary[f'under_{limit}']:,} under {limit} times" for limit in RARE_LIMITS)
         return (
             f"--dataset: of {summary['pieces']:,} new pieces, {summary['never']:,} never occur, {limits} "
-            f"({join_names(rarest, MAX_NAMED_PIECES)}); their rows stay near where they start: leave such "
-            "pieces out of the vocabulary, or train on data that has them"
+            f"({join_names(rarest, MAX_NAMED_PIECES)}); this run leaves their rows nearly as they are: "
+            "unless an earlier stage trained them, leave such pieces out of the vocabulary, or train on data "
+            "that has them"
         )
 
     def describe(self) -> str:
@@ -72,9 +74,8 @@ def report_extension(pretrained: str, config: LlamaConfig, dataset: RowDataset) 
     new_rows = find_new_rows(directory)
     if not new_rows or not (directory / FAST_FILE).is_file():
         return None
-    vocabulary = read_json_object(directory / FAST_FILE)["model"]["vocab"]
-    by_id = {token_id: token for token, token_id in vocabulary.items()}
-    names = [by_id.get(token_id, f"id {token_id}") for token_id in new_rows]
+    table = TokenBytes.of_value(read_json_object(directory / FAST_FILE))
+    names = [_name(table, token_id) for token_id in new_rows]
     counts = read_piece_counts(dataset.paths, new_rows)
     bill = None
     if counts is not None:
@@ -91,3 +92,9 @@ def report_extension(pretrained: str, config: LlamaConfig, dataset: RowDataset) 
             int(counts.sum()),
         )
     return ExtensionReport(new_rows, counts, names, bill)
+
+
+def _name(table: TokenBytes | None, token_id: int) -> str:
+    if table is None or token_id >= len(table.contents):
+        return f"id {token_id}"
+    return table.readable(token_id)

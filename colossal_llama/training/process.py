@@ -27,7 +27,8 @@ def start_process(optimizer: OptimizerSettings) -> StopRequest:
     if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" not in os.environ:
         raise UserError(
             f"WORLD_SIZE {os.environ['WORLD_SIZE']} is set, but no RANK: this process would wait for "
-            "others that nobody starts; use torchrun or `colossalai run`, or unset WORLD_SIZE"
+            "others that nobody starts; use torchrun or `colossalai run`, or unset WORLD_SIZE "
+            "(with --dry_run it is the number of processes to plan for)"
         )
     stop = StopRequest()
     stop.install()

@@ -35,6 +35,17 @@ def test_documents_loss_and_special_tokens(rows: tuple) -> None:
     assert third == "here</s>⟧"
 
 
+def test_special_tokens_without_a_role(llama3_tokenizer_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama3_tokenizer_dir)
+    bos, end = tokenizer.convert_tokens_to_ids(["<|begin_of_text|>", "<|eot_id|>"])
+    assert end not in tokenizer.all_special_ids
+    ids = np.array([bos, *tokenizer("Here", add_special_tokens=False)["input_ids"], end])
+    text = Preview(tokenizer, coloured=False).show_row(
+        ids, np.where(ids == bos, -100, ids), np.array([len(ids)])
+    )
+    assert text == "<|begin_of_text|>⟦Here<|eot_id|>⟧"
+
+
 def test_colours(rows: tuple) -> None:
     tokenizer, ids, labels, lengths = rows
     text = Preview(tokenizer, coloured=True).show_row(ids, labels, lengths)

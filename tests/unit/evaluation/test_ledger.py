@@ -135,7 +135,7 @@ def test_the_ledger_is_that_of_transformers_alone(
     for piece in found["pieces"]:
         token = piece["id"]
         assert piece["held_out_occurrences"] == piece["data_occurrences"] == occurrences[token]
-        if "\ufffd" in piece["piece"]:
+        if "\\x" in piece["piece"]:
             continue  # a part of a character: there, offsets do not tell where tokens begin
         assert piece["compared"] == len(nats[token])
         if nats[token]:

@@ -31,16 +31,24 @@ def write_lines(path: Path, values: list[dict[str, str]]) -> Path:
     return path
 
 
+def extend_tokenizer(source: Path, directory: Path) -> Path:
+    pieces = write_lines(directory / "pieces.jsonl", [{"piece": p} for p in ["人工智能", "的", "鑿"]])
+    settings = TokenizerSettings(source, directory / "extended", pieces, "add")
+    write_tokenizer(settings, *extend(settings))
+    return directory / "extended"
+
+
 @pytest.fixture
 def extended(tmp_path: Path, llama2_tokenizer_dir: Path) -> Path:
-    pieces = write_lines(tmp_path / "pieces.jsonl", [{"piece": p} for p in ["人工智能", "的", "鑿"]])
-    settings = TokenizerSettings(llama2_tokenizer_dir, tmp_path / "extended", pieces, "add")
-    write_tokenizer(settings, *extend(settings))
-    return tmp_path / "extended"
+    return extend_tokenizer(llama2_tokenizer_dir, tmp_path)
 
 
 @pytest.fixture
 def dataset(tmp_path: Path, extended: Path) -> PreparedDataset:
+    return prepare_texts(tmp_path, extended)
+
+
+def prepare_texts(tmp_path: Path, extended: Path) -> PreparedDataset:
     texts = [f"{text} 人工智能的" for text in sample_texts(60, seed=2)]
     records = [{"source": "", "target": text, "category": "a"} for text in texts]
     write_lines(tmp_path / "in" / "x.jsonl", records)
@@ -76,6 +84,16 @@ def test_saved_tokens_and_rare_pieces(
     assert f"of {len(counts):,} new pieces, {never:,} never occur" in warning
     assert "鑿" in warning
     assert "on --dataset, about" in report.describe()
+
+
+def test_pieces_of_bytes_are_named_as_people_read_them(tmp_path: Path, llama3_tokenizer_dir: Path) -> None:
+    extended = extend_tokenizer(llama3_tokenizer_dir, tmp_path)
+    config = make_config(vocab_size=len(AutoTokenizer.from_pretrained(extended)))
+    report = report_extension(str(extended), config, prepare_texts(tmp_path, extended))
+    assert report is not None
+    assert {"人工智能", "的", "鑿"} < set(report.names)
+    assert r"\xe9\x91" in report.names  # the first two bytes of 鑿
+    assert "鑿" in str(report.rare_pieces())
 
 
 def test_where_nothing_is_known(extended: Path, dataset: PreparedDataset, llama2_tokenizer_dir: Path) -> None:
