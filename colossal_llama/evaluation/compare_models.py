@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_llama.inference.settings import device_name, model_name
 from colossal_llama.utils.arguments import ArgumentParser, directory_list, positive_int
-from colossal_llama.utils.console import format_table, log, progress_bar
+from colossal_llama.utils.console import format_table, log, progress_bar, warn
 from colossal_llama.utils.errors import run_command
 from colossal_llama.utils.output_checks import why_not_output_directory, why_not_replaceable
 from colossal_llama.utils.settings import add_settings, flag, parse_settings
@@ -117,8 +117,24 @@ def main() -> None:
         documents = read_documents(settings.data_input_dirs)
         # Names everything that keeps a model from scoring, before the first one is loaded.
         prepared = prepare_models(models, documents, settings.context_bytes, settings.stride_bytes)
+        if settings.dtype == "source":
+            _warn_of_other_dtypes(prepared)
         scores = score_models(settings, prepared)
         write_comparison(settings, documents, scores, prepared)
+
+
+def _warn_of_other_dtypes(prepared: list[PreparedModel]) -> None:
+    """A base in fp16 and a model trained in bf16 differ by rounding alone."""
+    from colossal_llama.model.dtypes import flag_name
+
+    stored = {each.files.name: each.config.torch_dtype for each in prepared}
+    names = {name: flag_name(dtype) for name, dtype in stored.items() if dtype is not None}
+    if len(set(names.values())) > 1:
+        each = ", ".join(f"{name}: {dtype}" for name, dtype in names.items())
+        warn(
+            f"--dtype source: the models are computed in different types ({each}), so they differ by "
+            "rounding too; give --dtype bf16, fp16 or fp32"
+        )
 
 
 def score_models(settings: CompareSettings, prepared: list[PreparedModel]) -> list[ModelScores]:

@@ -288,6 +288,27 @@ def test_other_arithmetic_or_other_weights_are_scored_anew(
     assert len(list((tmp_path / "out" / "scores").iterdir())) == 3
 
 
+def test_models_of_different_dtypes_are_named(
+    models: dict[str, Path],
+    held_out: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(models["llama2"], trained)
+    AutoModelForCausalLM.from_pretrained(trained, torch_dtype=torch.bfloat16).save_pretrained(trained)
+    given = [models["llama2"], trained]
+    compare(tmp_path / "out", given, [held_out["en"]], monkeypatch)
+    captured = capsys.readouterr()
+    assert "the models are computed in different types (" in captured.out + captured.err
+    assert "trained: bf16)" in captured.out + captured.err
+    compare(tmp_path / "other", given, [held_out["en"]], monkeypatch, dtype="fp32")
+    compare(tmp_path / "same", [trained, trained], [held_out["en"]], monkeypatch)
+    captured = capsys.readouterr()
+    assert "different types" not in captured.out + captured.err
+
+
 def test_adapters_and_checkpoints(
     models: dict[str, Path], held_out: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
