@@ -378,7 +378,7 @@ compare_models() {
     fi
     step "Comparison on held-out text" run python colossal_llama/evaluation/compare_models.py \
         --models "$output/base_model,$output/model,$output/pretrain/modeling" \
-        --data_input_dirs "$output/pretrain_data/held_out" --output_dir "$output/comparison"
+        --data_input_dirs "$output/pretrain_data/held_out" --output_dir "$output/comparison" --dtype "$precision"
 }
 
 main() {
