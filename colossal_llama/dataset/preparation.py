@@ -26,7 +26,7 @@ from colossal_llama.dataset.encode_stage import EncodedShards, check_bad_records
 from colossal_llama.dataset.encoders import find_encoder
 from colossal_llama.dataset.encoders.base import EncoderSpec
 from colossal_llama.dataset.engine_choice import find_candidate, packages_of, recall_trial, settle_engine
-from colossal_llama.dataset.engines import REFERENCE, preload_engine
+from colossal_llama.dataset.engines import REFERENCE, load_engine
 from colossal_llama.dataset.output import OutputPaths, claim_output
 from colossal_llama.dataset.piece_counts import read_piece_counts, summarise_counts
 from colossal_llama.dataset.preview import Preview
@@ -84,7 +84,7 @@ def prepare(settings: PreparationSettings) -> None:
         spec = _make_spec(settings, output, loaded)
         trial = recall_trial(engine, spec.tokenizer_json) if find_encoder(spec.kind).uses_engine else None
         known = (engine, trial.engine_json) if trial else (REFERENCE, "")
-        workers.preload(preload_engine, known[0], spec.tokenizer_json, known[1])
+        workers.preload(load_engine, known[0], spec.tokenizer_json, known[1])
         find_encoder(spec.kind).report(spec, loaded)
         tokenizer = describe_tokenizer(loaded, Path(spec.tokenizer_json))
         _check_special_tokens(workers, loaded, tokenizer)
@@ -154,12 +154,13 @@ def _make_spec(
 def _check_special_tokens(workers: Workers, tokenizer: PreTrainedTokenizerFast, info: TokenizerInfo) -> None:
     """Raises `UserError` where plain text could become a special token."""
     special = SpecialTokens.of_tokenizer(tokenizer, info.json_path)
-    for _, merged in workers.run(find_merged_tokens, [special]):
-        for token_id, content in merged:
-            raise UserError(
-                f"{tokenizer.name_or_path}: the merges of this tokenizer turn the plain text {content} "
-                f"into the special token {token_id}; use a tokenizer that keeps them apart"
-            )
+    ((_, merged),) = workers.run(find_merged_tokens, [special])
+    if merged:
+        token_id, content = merged[0]
+        raise UserError(
+            f"{tokenizer.name_or_path}: the merges of this tokenizer turn the plain text {content} "
+            f"into the special token {token_id}; use a tokenizer that keeps them apart"
+        )
 
 
 def _facts(settings: PreparationSettings, tokenizer: TokenizerInfo) -> dict[str, Any]:

@@ -36,6 +36,22 @@ def directory(tmp_path: Path, llama2_tokenizer_dir: Path) -> Path:
     return tmp_path
 
 
+def refused(root: Path, directory: Path, command: tuple[str, ...], search_path: str) -> str:
+    """What a command that ends with exit code 2 says; without a GPU, and with nobody to answer questions."""
+    script, *arguments = command
+    result = subprocess.run(
+        [sys.executable, str(root / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=directory,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": search_path},
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    return result.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
@@ -93,20 +109,10 @@ def directory(tmp_path: Path, llama2_tokenizer_dir: Path) -> Path:
 def test_the_message_alone_is_enough(
     root: Path, directory: Path, command: tuple[str, ...], expected: list[str]
 ) -> None:
-    script, *arguments = command
-    result = subprocess.run(
-        [sys.executable, str(root / script), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=directory,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(root)},
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-    )
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
+    errors = refused(root, directory, command, str(root))
+    assert "Traceback" not in errors
     for message in expected:
-        assert message in result.stderr
+        assert message in errors
     assert not list((directory / "out").rglob("part-*"))
 
 
@@ -141,14 +147,5 @@ def test_a_package_that_is_not_installed(
     (hidden / "__init__.py").write_text(
         f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')\n"
     )
-    script, *arguments = command
-    result = subprocess.run(
-        [sys.executable, str(root / script), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": f"{hidden.parent}:{root}"},
-        timeout=120,
-    )
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert result.stderr.replace(f"{directory}/", "").strip() == f"error: {expected}"
+    errors = refused(root, directory, command, f"{hidden.parent}:{root}")
+    assert errors.replace(f"{directory}/", "").strip() == f"error: {expected}"

@@ -49,11 +49,6 @@ def load_engine(name: str, tokenizer_json: str, engine_json: str = "") -> TextEn
     return _load_engine(name, *files, tuple((s.st_mtime_ns, s.st_size) for s in map(os.stat, files)))
 
 
-def preload_engine(name: str, tokenizer_json: str, engine_json: str) -> None:
-    """Loads what `load_engine` will be asked for, without starting a thread."""
-    load_engine(name, tokenizer_json, engine_json)
-
-
 @lru_cache(maxsize=2)  # the reference, and an engine beside it
 def _load_engine(
     name: str, tokenizer_json: str, engine_json: str, versions: tuple[tuple[int, int], ...]

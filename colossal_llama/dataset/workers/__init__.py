@@ -31,7 +31,7 @@ class Workers(Protocol):
     ) -> None:
         """Makes sure that every worker sees these and has these packages too; raises `UserError`."""
 
-    def preload(self, function: Callable[..., None], *arguments: str | float) -> None:
+    def preload(self, function: Callable[..., object], *arguments: str | float) -> None:
         """Has this called where workers can share what it loads, while this process goes on; at most once.
 
         It must start no threads, and its errors are ignored: tasks load what is not there.

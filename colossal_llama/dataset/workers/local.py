@@ -65,7 +65,7 @@ class LocalWorkers:
         # The next ones are forked from a server of their own, with other things loaded.
         server._stop()
 
-    def preload(self, function: Callable[..., None], *arguments: str | float) -> None:
+    def preload(self, function: Callable[..., object], *arguments: str | float) -> None:
         """See `Workers.preload`."""
         self._start(
             {preloading.VARIABLE: json.dumps([function.__module__, function.__qualname__, *arguments])}

@@ -106,7 +106,7 @@ class RayWorkers:
         if problems:
             raise UserError([f"--ray_address {self.address}: {problem}" for problem in sorted(problems)])
 
-    def preload(self, function: Callable[..., None], *arguments: str | float) -> None:
+    def preload(self, function: Callable[..., object], *arguments: str | float) -> None:
         """Nothing: Ray starts its workers by itself."""
 
     def finish(self) -> None:

@@ -406,8 +406,8 @@ def test_loading_an_engine_starts_no_thread(llama3_tokenizer_dir: Path, engine: 
     """Workers are forked from the process that has loaded it."""
     code = (
         "import os, sys\n"
-        "from colossal_llama.dataset.engines import preload_engine\n"
-        "preload_engine(*sys.argv[1:], '')\n"
+        "from colossal_llama.dataset.engines import load_engine\n"
+        "load_engine(*sys.argv[1:])\n"
         "print(len(os.listdir('/proc/self/task')))\n"
     )
     path = llama3_tokenizer_dir / "tokenizer.json"
@@ -438,3 +438,15 @@ def test_a_vocabulary_is_read_with_and_without_the_merges(
         assert table.contents == wanted.contents
         assert (table.prefix, table.added_ids) == (wanted.prefix, wanted.added_ids)
         assert words == find_words(value)
+
+
+def test_plain_text_that_merges_turn_into_a_special_token(llama3_tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama3_tokenizer_dir)
+    text = next(t for t in sorted(tokenizer.get_vocab()) if t.isascii() and t.isalpha() and len(t) > 2)
+    tokenizer.add_special_tokens({"additional_special_tokens": [text]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    token_id = tokenizer.convert_tokens_to_ids(text)
+    data = write_records(tmp_path / "in", make_records("pretrain"))
+    with pytest.raises(UserError, match=f"turn the plain text {text} into the special token {token_id}"):
+        run(PretrainSettings(), data, tmp_path / "tokenizer", tmp_path / "out", "hf")
+    assert not list((tmp_path / "out").rglob("part-*"))
