@@ -93,8 +93,8 @@ def prepare(settings: PreparationSettings) -> None:
         shards = make_shards(files)
         run_key = _find_run_key(shards, spec, facts, settings, output, new_rows)
         run_id = claim_output(output, run_key, paths.overwrite)
-        # While the workers encode.
-        drawing_prepared = threading.Thread(target=prepare_to_draw, daemon=True)
+        # While the workers encode. No daemon: after an error, Python would end it inside of C++, and abort.
+        drawing_prepared = threading.Thread(target=prepare_to_draw)
         drawing_prepared.start()
         encoded = encode_shards(
             workers,

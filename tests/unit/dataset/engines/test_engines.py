@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer
 
 from colossal_llama.conversation.stretches import follow_special_tokens
 from colossal_llama.corpus import jsonl
-from colossal_llama.dataset import engine_choice
+from colossal_llama.dataset import engine_choice, preparation
 from colossal_llama.dataset.engine_choice import find_candidate
 from colossal_llama.dataset.engines import (
     ENGINES,
@@ -450,3 +451,17 @@ def test_plain_text_that_merges_turn_into_a_special_token(llama3_tokenizer_dir: 
     with pytest.raises(UserError, match=f"turn the plain text {text} into the special token {token_id}"):
         run(PretrainSettings(), data, tmp_path / "tokenizer", tmp_path / "out", "hf")
     assert not list((tmp_path / "out").rglob("part-*"))
+
+
+def test_an_error_waits_for_the_fonts(
+    llama3_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon thread that is inside of matplotlib's C++ when Python ends makes exit code 2 an abort."""
+    daemons = []
+    monkeypatch.setattr(
+        preparation, "prepare_to_draw", lambda: daemons.append(threading.current_thread().daemon)
+    )
+    data = write_records(tmp_path / "in", [{"messages": []}])
+    with pytest.raises(UserError, match="1 bad records"):
+        run(PretrainSettings(), data, llama3_tokenizer_dir, tmp_path / "out", "hf")
+    assert daemons == [False]
